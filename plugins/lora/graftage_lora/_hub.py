@@ -40,6 +40,7 @@ __all__ = ["pull"]
 
 EXTRA: Final = "pip install 'graftage-lora[hub]'"
 LOGIN: Final = "log in with `hf auth login` or set HF_TOKEN"
+NETWORK: Final = "Check the network and HF_ENDPOINT."
 SHOWN: Final = 5
 """Files of a repository that an error names."""
 
@@ -175,31 +176,28 @@ class _Download:
             raise (self._call.timed_out() if late else self._error(error)) from None
 
     def _error(self, error: Exception) -> AdapterError:
-        """Return the typed error for one of the library's, by class name: the classes move between releases."""
-        names = {each.__name__ for each in type(error).__mro__}
+        """Return the typed error for one of the library's, which also raises those of its HTTP library."""
+        kinds, where = self._hub.errors, f"`{self.label}`"
         status = getattr(getattr(error, "response", None), "status_code", None)
-        where = f"`{self.label}`"
-        if isinstance(error, OSError) and error.errno and "HTTPError" not in names and "ConnectionError" not in names:
-            return AdapterError(f"{where} cannot be written to {self._settings.hub}: {error.strerror}.")
-        if "GatedRepoError" in names:
+        kind, words, hint = AdapterError, f"The download of {where} failed ({type(error).__name__}).", NETWORK
+        if isinstance(error, kinds.GatedRepoError):
             address = f"{self._endpoint or 'https://huggingface.co'}/{self.label}"
-            return AdapterError(f"{where} is gated.", hint=f"Ask for access at {address}, then {LOGIN}.")
-        if "RepositoryNotFoundError" in names or "HFValidationError" in names:
+            words, hint = f"{where} is gated.", f"Ask for access at {address}, then {LOGIN}."
+        elif isinstance(error, (kinds.RepositoryNotFoundError, kinds.HFValidationError)):
+            kind, words = AdapterNotFound, f"The hub has no repository {where}, or it is private."
             hint = f"Check its name. If it is private, {LOGIN}."
-            return AdapterNotFound(f"The hub has no repository {where}, or it is private.", hint=hint)
-        if "RevisionNotFoundError" in names:
+        elif isinstance(error, kinds.RevisionNotFoundError):
+            kind, words = AdapterNotFound, f"{where} has no revision `{self.revision}`."
             hint = "Check the branch, tag or commit; without one, `main` is downloaded."
-            return AdapterNotFound(f"{where} has no revision `{self.revision}`.", hint=hint)
-        if "OfflineModeIsEnabled" in names:
-            return AdapterError("The library of the hub is offline.", hint="Unset HF_HUB_OFFLINE to download.")
-        if status in (401, 403):
-            return AdapterError(f"The hub denies access to {where} ({status}).", hint=f"Check access, or {LOGIN}.")
-        if isinstance(status, int):
-            hint = "Try again later." if status != 429 else f"Try again later, or {LOGIN}."
-            return AdapterError(f"The hub answered {status} for {where}.", hint=hint)
-        return AdapterError(
-            f"The download of {where} failed ({type(error).__name__}).", hint="Check the network and HF_ENDPOINT."
-        )
+        elif isinstance(error, kinds.OfflineModeIsEnabled):
+            words, hint = "The library of the hub is offline.", "Unset HF_HUB_OFFLINE to download."
+        elif status in (401, 403):
+            words, hint = f"The hub denies access to {where} ({status}).", f"Check access, or {LOGIN}."
+        elif status is not None:
+            words, hint = f"The hub answered {status} for {where}.", f"Try again later, or {LOGIN}."
+        elif isinstance(error, OSError) and error.errno:
+            words, hint = f"{where} cannot be written to {self._settings.hub}: {error.strerror}.", ""
+        return kind(words, hint=hint or None)
 
 
 def _library() -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -43,7 +43,7 @@ def mlx(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "num_layers": _last_layers(lora, metadata),
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
     }
-    return {"adapters.safetensors": _safetensors(tensors), CONFIG: _json(config)}
+    return _folder("adapters.safetensors", tensors, config)
 
 
 def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "lora_dropout": 0.0,
         "target_modules": sorted(module for module, *_ in parts),
     }
-    return {"adapter_model.safetensors": _safetensors(tensors), CONFIG: _json(config)}
+    return _folder("adapter_model.safetensors", tensors, config)
 
 
 def _even(lora: Lora, metadata: Mapping[str, object]) -> tuple[list[tuple[str, Array, Array, bool]], int, float]:
@@ -106,16 +106,12 @@ def _last_layers(lora: Lora, metadata: Mapping[str, object]) -> int:
     return count - lowest
 
 
-def _json(config: Mapping[str, Any]) -> bytes:
-    return json.dumps(config, indent=1, sort_keys=True).encode()
+def _folder(weights: str, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, bytes]:
+    return {weights: _safetensors(tensors), CONFIG: json.dumps(config, indent=1, sort_keys=True).encode()}
 
 
 def _safetensors(tensors: Mapping[str, Array]) -> bytes:
     """Encode arrays of F16 and F32 as safetensors."""
-    return b"".join(_pieces(tensors))
-
-
-def _pieces(tensors: Mapping[str, Array]) -> Iterator[bytes]:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, data in sorted(tensors.items()):
@@ -124,6 +120,4 @@ def _pieces(tensors: Mapping[str, Array]) -> Iterator[bytes]:
         position = place[1]
     head = json.dumps(table).encode()
     head += b" " * (-len(head) % 8)
-    yield struct.pack("<Q", len(head)) + head
-    for _, data in sorted(tensors.items()):
-        yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
+    return b"".join((struct.pack("<Q", len(head)), head, *(data.tobytes() for _, data in sorted(tensors.items()))))

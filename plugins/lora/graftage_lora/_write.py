@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DIGEST", "SCALE", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
 
+Value: TypeAlias = tuple[int, Any]
+"""A key's type and value."""
 STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
 
@@ -72,24 +74,22 @@ def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
 
 
 def _keys(lora: Lora, metadata: Mapping[str, object], alpha: float) -> dict[str, Value]:
-    architecture = lora.facts.architecture or metadata["general.architecture"]
     keys = {
-        "general.architecture": Value(STRING, architecture),
-        "general.type": Value(STRING, "adapter"),
-        "adapter.type": Value(STRING, "lora"),
-        "adapter.lora.alpha": Value(FLOAT32, alpha),
+        "general.architecture": (STRING, lora.facts.architecture or metadata["general.architecture"]),
+        "general.type": (STRING, "adapter"),
+        "adapter.type": (STRING, "lora"),
+        "adapter.lora.alpha": (FLOAT32, alpha),
     }
     if lora.facts.invocation:
-        keys["adapter.alora.invocation_tokens"] = Value(ARRAY, lora.facts.invocation)
+        keys["adapter.alora.invocation_tokens"] = (ARRAY, lora.facts.invocation)
     return keys
 
 
 def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
-    a, rows = part.a, even_scale(rows, factor)
+    a, b = part.a, even_scale(rows, factor)
     if part.tensor == EMBEDDING:
-        # llama.cpp looks up rows of A by token, so the halves change places.
-        a, rows = rows, a.T
-    return [(f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", np.ascontiguousarray(rows))]
+        a, b = b, a.T  # llama.cpp looks up rows of A by token, so the halves change places.
+    return [(f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", b)]
 
 
 # --- Atomic files ----------------------------------------------------------------------------------------------------
@@ -121,10 +121,9 @@ def _delete_stale(out: Path) -> None:
 
 
 def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
-    """Keep a file in a folder under a name that ends with the start of its SHA-256, unless it exists."""
+    """Keep a file in a folder under a name that ends with the start of its SHA-256."""
     data = b"".join(content)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return _keep(folder / f"{name}-{sha256[:16]}.gguf", data)
+    return _keep(folder / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.gguf", data)
 
 
 def store_folder(files: Mapping[str, bytes], folder: Path, name: str) -> Path:
@@ -140,12 +139,10 @@ def store_folder(files: Mapping[str, bytes], folder: Path, name: str) -> Path:
 
 def _keep(path: Path, data: bytes) -> Path:
     """Write a file unless it has this content: it may have been cut or changed since it was written."""
-    try:
-        with path.open("rb") as file:
-            known = os.fstat(file.fileno()).st_size == len(data) and file.read(len(data)) == data
-    except OSError:
-        known = False
-    return path if known else write_atomically(path, lambda file: file.write(data))
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == len(data) and path.read_bytes() == data:
+            return path
+    return write_atomically(path, lambda file: file.write(data))
 
 
 # --- Merged models ---------------------------------------------------------------------------------------------------
@@ -154,9 +151,6 @@ VERSION: Final = 1
 """The version of the merge; increase it when the same input gives a different file."""
 DIGEST: Final = "graftage.adapter.digest"
 SCALE: Final = "graftage.adapter.scale"
-TYPE: Final = "graftage.merge.type"
-MERGE_KEYS: Final = (DIGEST, SCALE, TYPE, "graftage.merge.version")
-"""The keys that mark a merged model; servers show them."""
 BLOCK: Final = 4 << 20
 """Numbers, or bytes of an untouched tensor, to process at once."""
 SPARE: Final = 64 << 20
@@ -181,14 +175,13 @@ class _Job:
 
 
 def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
-    """Return the keys that a merge adds."""
-    values = (
-        Value(STRING, digest),
-        Value(FLOAT32, lora.facts.scale),
-        Value(STRING, kind),
-        Value(UINT32, VERSION),
-    )
-    return dict(zip(MERGE_KEYS, values, strict=True))
+    """Return the keys that mark a merged model; servers show them."""
+    return {
+        DIGEST: (STRING, digest),
+        SCALE: (FLOAT32, lora.facts.scale),
+        "graftage.merge.type": (STRING, kind),
+        "graftage.merge.version": (UINT32, VERSION),
+    }
 
 
 def merge(
@@ -209,10 +202,11 @@ def merge(
         Refused: the adapter or the base model cannot be merged.
         OSError: the merged model does not fit on the disk.
     """
-    _check(header, lora)
+    added = _merge_keys(digest, lora, kind)
+    _check(header, lora, added)
     parts = {part.tensor: part for part in lora.parts}
     jobs = [_job(tensor, parts.get(tensor.name), lora, header.metadata, kind) for tensor in header.tensors.values()]
-    head = _head(base, header, jobs, _merge_keys(digest, lora, kind))
+    head = _head(base, header, jobs, added)
     total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
     _check_disk(out, total)
 
@@ -227,10 +221,10 @@ def merge(
     return out
 
 
-def _check(header: Header, lora: Lora) -> None:
+def _check(header: Header, lora: Lora, added: Mapping[str, Value]) -> None:
     if lora.facts.invocation:
         raise Refused("it acts only after its invocation tokens, but merged it would always act")
-    if present := [key for key in MERGE_KEYS if key in header.metadata]:
+    if present := [key for key in added if key in header.metadata]:
         raise Refused(f"the base model already contains an adapter (`{present[0]}`)", "Use the plain model.")
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise Refused(
@@ -260,15 +254,8 @@ def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, o
 
 def _head(base: CheckedFile, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
     lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
-    head = b"".join(
-        (
-            _start(header.version, len(jobs), len(header.metadata) + len(added)),
-            base.read_at(START_SIZE, header.keys_end - START_SIZE),
-            _key_values(added),
-            _table(lines, header.alignment),
-        )
-    )
-    return head + bytes(_padding(len(head), header.alignment))
+    keys = base.read_at(START_SIZE, header.keys_end - START_SIZE) + _key_values(added)
+    return _encoded_head(header.version, len(header.metadata) + len(added), keys, lines, header.alignment)
 
 
 def _tensor_data(base: CheckedFile, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
@@ -324,19 +311,9 @@ def _padding(position: int, alignment: int) -> int:
     return -position % alignment
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A key's value with its type."""
-
-    kind: int
-    data: Any
-
-
 def _key_values(values: Mapping[str, Value]) -> bytes:
     """Encode keys and values."""
-    return b"".join(
-        _text(key) + struct.pack("<I", value.kind) + _encoded(value.kind, value.data) for key, value in values.items()
-    )
+    return b"".join(_text(key) + struct.pack("<I", kind) + _encoded(kind, data) for key, (kind, data) in values.items())
 
 
 def _encoded(kind: int, data: Any) -> bytes:
@@ -352,26 +329,22 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _table(tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: int) -> bytes:
-    """Encode a table of tensors (name, shape, type, size) whose data follow each other."""
-    lines = []
+def _encoded_head(
+    version: int, count: int, keys: bytes, tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: int
+) -> bytes:
+    """Encode all before the data: keys, and a table of tensors (name, shape, type, size) that follow each other."""
+    pieces = [MAGIC, struct.pack("<IQQ", version, len(tensors), count), keys]
     offset = 0
     for name, shape, kind, size in tensors:
-        lines.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], offset))
+        pieces += _text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], offset)
         offset += size + _padding(size, alignment)
-    return b"".join(lines)
-
-
-def _start(version: int, tensors: int, keys: int) -> bytes:
-    """Encode the first `START_SIZE` bytes of a file."""
-    return MAGIC + struct.pack("<IQQ", version, tensors, keys)
+    head = b"".join(pieces)
+    return head + bytes(_padding(len(head), alignment))
 
 
 def _file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
     """Encode a whole file of F32 and F16 arrays, in pieces."""
-    lines = [(name, tuple(reversed(data.shape)), f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
-    head = _start(3, len(tensors), len(values)) + _key_values(values) + _table(lines, ALIGNMENT)
-    yield head + bytes(_padding(len(head), ALIGNMENT))
+    lines = [(name, data.shape[::-1], f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
+    yield _encoded_head(3, len(values), _key_values(values), lines, ALIGNMENT)
     for _, data in tensors:
-        yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
-        yield bytes(_padding(data.nbytes, ALIGNMENT))
+        yield data.tobytes() + bytes(_padding(data.nbytes, ALIGNMENT))
