@@ -98,29 +98,23 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         Refused: it is something else.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise Refused(f"{what} cannot be read: it has a key twice")
+        return table
+
+    def no_constant(name: str) -> Any:
+        raise Refused(f"{what} cannot be read: it contains {name}")
+
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _JsonRule) else "it is not valid JSON"
-        raise Refused(f"{what} cannot be read: {reason}") from None
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError):
+        raise Refused(f"{what} cannot be read: it is not valid JSON") from None
     if not isinstance(found, dict):
         raise Refused(f"{what} is not a JSON object")
     return found
-
-
-class _JsonRule(ValueError):
-    """JSON that is valid and not accepted."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _JsonRule("it has a key twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise _JsonRule(f"it contains {name}")
 
 
 def _text(config: Mapping[str, object], key: str) -> str | None:
@@ -248,10 +242,8 @@ def _peft_targets(config: Mapping[str, object]) -> Targets | None:
     names, layers = _names(config.get("target_modules")), config.get("layers_to_transform")
     if not names or config.get("exclude_modules"):
         return None
-    if layers is None or layers == []:
-        return Targets(names=names)
     numbers = layers if isinstance(layers, list) else [layers]
-    return Targets(names=names, layers=tuple(each for each in numbers if isinstance(each, int)))
+    return Targets(names=names, layers=tuple(each for each in numbers if isinstance(each, int)) or None)
 
 
 # --- mlx-lm ----------------------------------------------------------------------------------------------------------
@@ -293,4 +285,4 @@ def _mlx_targets(config: Mapping[str, object], parameters: Mapping[str, Any]) ->
     last = config.get("num_layers", config.get("lora_layers"))
     if type(last) is not int:
         return None
-    return Targets(names=_names(parameters.get("keys")), last=last if last > 0 else None)
+    return Targets(names=_names(parameters.get("keys")), layers=range(-last, 0) if last > 0 else None)

@@ -30,7 +30,7 @@ from graftage_lora._sources import (
     parse,
     split_repository,
 )
-from graftage_lora._write import write_atomically
+from graftage_lora._write import atomic_file
 
 if TYPE_CHECKING:
     from graftage.calls import Call, PullAdapterRequest
@@ -195,7 +195,7 @@ class _Download:
             words, hint = f"The hub denies access to {where} ({status}).", f"Check access, or {LOGIN}."
         elif status is not None:
             words, hint = f"The hub answered {status} for {where}.", f"Try again later, or {LOGIN}."
-        elif isinstance(error, OSError) and error.errno:
+        elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             words, hint = f"{where} cannot be written to {self._settings.hub}: {error.strerror}.", ""
         return kind(words, hint=hint or None)
 
@@ -292,4 +292,5 @@ def _write(registry: Path, name: str, entry: Mapping[str, str]) -> None:
     table = tomlkit.table()
     table.update(entry)
     document[name] = table
-    write_atomically(registry, lambda file: file.write(tomlkit.dumps(document).encode()))
+    with atomic_file(registry) as file:
+        file.write(tomlkit.dumps(document).encode())

@@ -148,8 +148,7 @@ class Part:
     @property
     def shape(self) -> Shape:
         """The part without its weights."""
-        (rank, inputs), outputs = self.a.shape, len(self.b)
-        sides = {"inputs": inputs, "outputs": outputs, "rank": rank}
+        sides = {"inputs": self.a.shape[1], "outputs": len(self.b), "rank": len(self.a)}
         return Shape(tensor=self.tensor, **sides, scale=self.scale, module=self.module)
 
 
@@ -159,10 +158,8 @@ class Targets:
 
     names: tuple[str, ...]
     """Ends of their names in training tools; if empty, the kinds that the adapter has."""
-    layers: tuple[int, ...] | None = None
-    """Only these layers."""
-    last: int | None = None
-    """Only so many of the last layers."""
+    layers: tuple[int, ...] | range | None = None
+    """Only these layers; negative numbers count from the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,10 +200,8 @@ class Lora:
         Raises:
             Refused: the scale is not plausible.
         """
-        checked_scale(scale)
-        shapes = tuple(replace(each, scale=scale) for each in self.facts.shapes)
-        parts = tuple(replace(each, scale=scale) for each in self.parts)
-        return Lora(facts=replace(self.facts, shapes=shapes), parts=parts)
+        parts = tuple(replace(each, scale=checked_scale(scale)) for each in self.parts)
+        return Lora(facts=replace(self.facts, shapes=tuple(each.shape for each in parts)), parts=parts)
 
     def rows(self, part: Part, metadata: Mapping[str, Any]) -> Array:
         """Return B with its rows in the order of a GGUF base model with this metadata.
@@ -305,29 +300,28 @@ def _check_targets(facts: Facts, base: ModelInfo) -> Iterator[str]:
     own = {shape.tensor for shape in facts.shapes}
     expected = set(_expected(facts.targets, own, base.tensors, row, count))
     if missing := sorted(expected - own, key=lambda each: (layer_of(each) or 0, each)):
-        first = f"`{kind_of(missing[0])}`{_span([-1 if (at := layer_of(missing[0])) is None else at])}"
         yield (
             f"The adapter may have been saved partly: of the {len(expected)} modules that its configuration names in"
-            f" the base model, {len(missing)} are missing, the first is {first}."
+            f" the base model, {len(missing)} are missing, the first is `{kind_of(missing[0])}`"
+            f"{_span([layer_of(missing[0])])}."
         )
 
 
 def _expected(
     targets: Targets, own: Collection[str], tensors: Iterable[str], row: Architecture, count: int
 ) -> Iterator[str]:
-    """Yield the base model's tensors that an adapter should change."""
+    """Yield the base model's tensors in layers that an adapter should change."""
     modules = {kind: module for module, kind in row.modules.items()}
-    kinds, names = {kind_of(each) for each in own}, set(targets.names)
-    whole = {gguf_name(each) for each in names}
+    kinds, names = set(map(kind_of, own)), {*targets.names, *map(gguf_name, targets.names)}
     for tensor in tensors:
         layer, kind = layer_of(tensor), kind_of(tensor)
         if layer is None or kind not in modules:
             continue
+        if targets.layers is not None and layer not in targets.layers and layer - count not in targets.layers:
+            continue
         parts = f"layers.{layer}.{modules[kind]}".split(".")
         ends = (".".join(parts[at:]) for at in range(len(parts)))
-        within = targets.layers is None or layer in targets.layers
-        named = not names.isdisjoint(ends) if names else kind in kinds
-        if tensor in whole or (named and within and layer >= count - (targets.last or count)):
+        if not names.isdisjoint((tensor, *ends)) if names else kind in kinds:
             yield tensor
 
 
@@ -340,10 +334,8 @@ def _is_gguf(base: ModelInfo) -> bool:
 def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     architecture = str(base.metadata["general.architecture"])
     if facts.architecture is not None and facts.architecture != architecture:
-        yield (
-            "incompatible",
-            f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
-        )
+        reason = f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`"
+        yield "incompatible", reason
     if architecture in ARCHITECTURES:
         return
     if facts.layout != "gguf" and _is_gguf(base):
@@ -354,24 +346,19 @@ def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
 
 def _check_layers(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     """Yield one finding for all layers that share it."""
-    layers: dict[tuple[Finding, str], list[int]] = defaultdict(list)
+    layers: dict[tuple[Finding, str], list[int | None]] = defaultdict(list)
     for shape in facts.shapes:
+        label = kind_of(shape.tensor) if is_placed(shape.tensor) else re.sub(r"\d+", "N", shape.tensor[:120])
         for finding in _check_part(shape, facts, base):
-            layer = layer_of(shape.tensor)
-            layers[finding, _label(shape.tensor)].append(-1 if layer is None else layer)
-    for ((kind, text), tensor), found in layers.items():
-        yield kind, f"`{tensor}`{_span(sorted(found))} {text}"
+            layers[finding, label].append(layer_of(shape.tensor))
+    for ((status, text), label), found in layers.items():
+        yield status, f"`{label}`{_span(found)} {text}"
 
 
-def _label(tensor: str) -> str:
-    return kind_of(tensor) if is_placed(tensor) else re.sub(r"\d+", "N", tensor[:120])
-
-
-def _span(layers: list[int]) -> str:
-    if layers[0] < 0:
-        return ""
-    if len(layers) == 1:
-        return f" of layer {layers[0]}"
+def _span(found: list[int | None]) -> str:
+    layers = sorted(each for each in found if each is not None)
+    if len(layers) < 2:
+        return f" of layer {layers[0]}" if layers else ""
     whole = layers == list(range(layers[0], layers[-1] + 1))
     return f" of the {len(layers)} layers from {layers[0]} to {layers[-1]}" if whole else f" of {len(layers)} layers"
 
@@ -382,8 +369,7 @@ def _check_part(shape: Shape, facts: Facts, base: ModelInfo) -> Iterator[Finding
     if layer is not None and isinstance(count, int) and layer >= count:
         yield "incompatible", f"is beyond the base model's {count} layers"
         return
-    place = _check_place(shape, facts, base)
-    if place is not None:
+    if place := _check_place(shape, facts, base):
         yield place
         return
     yield from _check_ends(shape, base)

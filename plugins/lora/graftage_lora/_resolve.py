@@ -7,8 +7,8 @@ import hashlib
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
@@ -32,7 +32,6 @@ from graftage_lora._lora import STATUSES, Facts, Lora, head_count, is_reordered,
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
 from graftage_lora._sources import USERS, Found, Hub, NotKnown, Reference, chain, parse, refusal
-from graftage_lora._write import Progress
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
@@ -302,7 +301,7 @@ def _require_digest(pin: str | None, digest: str, facts: Facts | None) -> None:
 # --- An adapter in files ---------------------------------------------------------------------------------------------
 
 
-def _no_progress(_written: int, _total: int) -> None:
+def _ignore(_written: int, _total: int) -> None:
     """Ignore the progress of a merge."""
 
 
@@ -420,7 +419,7 @@ class FileAdapter:
         with self._translate_errors("written"):
             return write(self._content(base.metadata), self.settings.cache, _slug(self.name))
 
-    def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _ignore) -> Path:
         """Write the base model with the adapter merged into it to `out`; leave nothing if that fails.
 
         It takes about 0.1 s of one core per million numbers that the adapter touches, and the memory of a few blocks.
@@ -437,14 +436,16 @@ class FileAdapter:
             AdapterUnsupported: the adapter or the base model cannot be merged.
             AdapterError: the disk is full, or a file cannot be read or written.
         """
-        try:
-            with self._translate_errors("merged"), CheckedFile(base_file) as base:
-                header = self._read_base(base, base_file, out)
-                lora, kind = self._content(header.metadata), self.settings.merge_type
-                progress = _guarded(on_progress)
-                return _write.merge(base, header, lora, out, digest=self.digest, kind=kind, on_progress=progress)
-        except _Stopped as stopped:
-            raise stopped.error from None
+        with closing(self._merge(base_file, out)) as steps:
+            for written, total in steps:
+                on_progress(written, total)
+        return out
+
+    def _merge(self, base_file: Path, out: Path) -> Generator[_write.Step]:
+        with self._translate_errors("merged"), CheckedFile(base_file) as base:
+            header = self._read_base(base, base_file, out)
+            lora = self._content(header.metadata)
+            yield from _write.merge(base, header, lora, out, digest=self.digest, kind=self.settings.merge_type)
 
     def _read_base(self, base: CheckedFile, base_file: Path, out: Path) -> Header:
         if out.exists() and out.samefile(base_file):
@@ -507,26 +508,6 @@ def _joint(verdicts: Iterable[Verdict]) -> Verdict:
     reasons = dict.fromkeys(reason for each in found if each.status == status for reason in each.reasons)
     warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
     return Verdict(status=status, reasons=tuple(reasons), warnings=tuple(warnings))
-
-
-class _Stopped(Exception):
-    """`on_progress` raised an error."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
-
-
-def _guarded(on_progress: Progress) -> Progress:
-    """Keep the errors of `on_progress` apart from those of the merge."""
-
-    def report(written: int, total: int) -> None:
-        try:
-            on_progress(written, total)
-        except BaseException as error:  # noqa: BLE001 - `merge` raises it again
-            raise _Stopped(error) from None
-
-    return report
 
 
 def _slug(name: str) -> str:

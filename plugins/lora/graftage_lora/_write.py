@@ -21,7 +21,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -37,7 +37,7 @@ from graftage_lora._read import dequantize
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
+__all__ = ["DIGEST", "SCALE", "Step", "atomic_file", "encode", "merge", "store", "store_folder"]
 
 Value: TypeAlias = tuple[int, Any]
 """A key's type and value."""
@@ -95,21 +95,21 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
 # --- Atomic files ----------------------------------------------------------------------------------------------------
 
 
-def write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+@contextlib.contextmanager
+def atomic_file(out: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only once complete; leave nothing after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_stale(out)
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            fill(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(out)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return out
 
 
 def _delete_stale(out: Path) -> None:
@@ -142,7 +142,9 @@ def _keep(path: Path, data: bytes) -> Path:
     with contextlib.suppress(OSError):
         if path.stat().st_size == len(data) and path.read_bytes() == data:
             return path
-    return write_atomically(path, lambda file: file.write(data))
+    with atomic_file(path) as file:
+        file.write(data)
+    return path
 
 
 # --- Merged models ---------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ HALF_LIMIT: Final = 65504.0
 """The largest F16; Q8_0 multiplies it by up to 127."""
 FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
 
-Progress = Callable[[int, int], None]
+Step: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +186,8 @@ def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
     }
 
 
-def merge(
-    base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str, on_progress: Progress
-) -> Path:
-    """Write the merged model; an error of `on_progress` stops the merge and is raised.
+def merge(base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str) -> Iterator[Step]:
+    """Write the merged model step by step; yield the bytes written and the total before each.
 
     Args:
         base: the base model's file.
@@ -196,7 +196,6 @@ def merge(
         out: where to write.
         digest: the adapter's digest.
         kind: the type of touched quantised tensors: `Q8_0` or `F16`.
-        on_progress: called with the bytes written and the total.
 
     Raises:
         Refused: the adapter or the base model cannot be merged.
@@ -209,16 +208,12 @@ def merge(
     head = _head(base, header, jobs, added)
     total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
     _check_disk(out, total)
-
-    def fill(file: IO[bytes]) -> None:
+    with atomic_file(out) as file:
         done = file.write(head)
         for data in _tensor_data(base, header, jobs):
-            on_progress(done, total)
+            yield done, total
             done += file.write(data)
-        on_progress(done, total)
-
-    write_atomically(out, fill)
-    return out
+        yield done, total
 
 
 def _check(header: Header, lora: Lora, added: Mapping[str, Value]) -> None:
