@@ -34,11 +34,7 @@ MLX_WEIGHTS: Final = "adapters.safetensors"
 MAX_TOKEN: Final = 1 << 31
 MERGE: Final = "Merge it in its trainer (`merge_and_unload`), and use the result as the model."
 Scales: TypeAlias = Callable[[str, int], float]
-"""Returns the scale of a module, of which it is given the name and the rank.
-
-Raises:
-    Refused: the rank is another one than the configuration states.
-"""
+"""Returns the scale of a module by name and rank; refuses another rank than the configuration states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +89,7 @@ def _document(files: Files) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object in strict JSON.
-
-    Raises:
-        Refused: it is something else.
-    """
+    """Parse an object in strict JSON, or refuse it."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -152,11 +144,7 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def invocation_tokens(value: object) -> tuple[int, ...]:
-    """Return the tokens after which an activated LoRA acts.
-
-    Raises:
-        Refused: they are not a list of token numbers.
-    """
+    """Return the tokens after which an activated LoRA acts; refuse what is not a list of token numbers."""
     if not value:
         return ()
     tokens = tuple(value) if isinstance(value, (list, tuple)) else (-1,)

@@ -4,14 +4,8 @@ An adapter changes a weight W to W + scale * B @ A. Weights have their GGUF name
 B keep the order of the layout that they were read from until `rows` reorders them.
 
 The verdict says whether an adapter can be loaded, not whether it makes sense: all derivatives of one model look alike,
-and names are only hints. What is compared:
-
-    architecture      a GGUF adapter's with the base model's                  different: incompatible
-    layers            the highest one with `block_count`                      beyond: incompatible
-    shapes            inputs and outputs of each part with the tensor's       different: incompatible
-    tensors           each part's with the base model's                       missing: incompatible; fused: unsupported
-    modules           with the table of architectures, if the base is GGUF    without a place: unsupported
-    vocabulary        rows of the embedding and the output                    different, or both tied: incompatible
+and names are only hints. It compares layers, shapes, tensors and vocabulary of the base model, and the places of
+modules in its architecture.
 """
 
 from __future__ import annotations
@@ -110,11 +104,7 @@ def even_scale(rows: Array, factor: float) -> Array:
 
 
 def checked_scale(scale: float) -> float:
-    """Check that a scale is plausible, and return it.
-
-    Raises:
-        Refused: it is outside `SCALES`.
-    """
+    """Return a scale, or refuse one outside of `SCALES`."""
     if not SCALES[0] <= abs(scale) <= SCALES[1]:
         raise Refused(f"its scale is {scale:g}; it must be from {SCALES[0]:g} to {SCALES[1]:g}")
     return scale
@@ -195,11 +185,7 @@ class Lora:
     """Sorted by tensor."""
 
     def scaled(self, scale: float) -> Lora:
-        """Return the adapter with one scale for all its parts.
-
-        Raises:
-            Refused: the scale is not plausible.
-        """
+        """Return the adapter with one plausible scale for all its parts."""
         parts = tuple(replace(each, scale=checked_scale(scale)) for each in self.parts)
         return Lora(facts=replace(self.facts, shapes=tuple(each.shape for each in parts)), parts=parts)
 

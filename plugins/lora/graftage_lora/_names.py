@@ -74,16 +74,14 @@ class Name:
             return True
         if self.family is None or other.family is None:
             return False
+        optional = ((self.root, other.root), (self.release, other.release), (self.date, other.date))
         return (
             self.family != other.family
             or self.variants != other.variants
             or self._differs_in_version(other)
             or (bool(self.sizes and other.sizes) and self.sizes.isdisjoint(other.sizes))
-            or any(_differ(*each) for each in zip(self._optional(), other._optional(), strict=True))
+            or any(_differ(*each) for each in optional)
         )
-
-    def _optional(self) -> tuple[str | None, ...]:
-        return self.root, self.release, self.date
 
     def _differs_in_version(self, other: Name) -> bool:
         if self.version is None and other.version is None:

@@ -126,6 +126,8 @@ def _read_safetensors(file: CheckedFile, config: Config, *, leave_out_vision: bo
     for name, (tensor, entry) in whole.items():
         _check_whole(name, tensor, entry, halves.get(tensor, {}))
     found = _pair(halves, lambda tensor, rank: config.scale(modules[tensor], rank))
+    towers = " and ".join(sorted(set(left_out.values())))
+    left = f"Modules of {towers} are left out ({len(left_out)}): only the language model is changed."
     return _lora(
         [replace(part, module=clean_name(modules[part.tensor])) for part in found],
         layout=config.layout,
@@ -133,15 +135,8 @@ def _read_safetensors(file: CheckedFile, config: Config, *, leave_out_vision: bo
         base_model=config.base_model,
         invocation=config.invocation,
         targets=config.targets,
-        warnings=_left_out(left_out),
+        warnings=(left,) if left_out else (),
     )
-
-
-def _left_out(modules: Mapping[str, str]) -> tuple[str, ...]:
-    if not modules:
-        return ()
-    towers = " and ".join(sorted(set(modules.values())))
-    return (f"Modules of {towers} are left out ({len(modules)}): only the language model is changed.",)
 
 
 def _peft_half(name: str) -> tuple[str, str, bool]:
@@ -149,10 +144,10 @@ def _peft_half(name: str) -> tuple[str, str, bool]:
     if what := next((words for part, words in UNEXPECTED.items() if part in name and "base_layer" not in name), None):
         raise Refused(f"the tensor `{name[:120]}` is {what}")
     match = PEFT_NAME.fullmatch(name)
-    if match is None:
-        return _whole(name), "", False
-    if bool(match[2]) == bool(match[4]):
-        raise Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
+    if match is None and (whole := WHOLE.fullmatch(name)):
+        return whole[1], "", False
+    if match is None or bool(match[2]) == bool(match[4]):
+        raise _unpaired(name)
     half = match[3].lower()
     if match[2]:
         # For an embedding, PEFT adds the transpose of B @ A: the halves change places.
@@ -165,18 +160,15 @@ def _mlx_half(name: str) -> tuple[str, str, bool]:
         raise Refused("it is a DoRA adapter, which no supported server can apply")
     match = MLX_NAME.fullmatch(name)
     if match is None:
-        raise Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
+        raise _unpaired(name)
     if gguf_name(match[1]) == EMBEDDING:
         # For an embedding, mlx-lm looks up rows of `lora_a` by token: that is our B.
         return match[1], "b" if match[2] == "a" else "a", False
     return match[1], match[2], True
 
 
-def _whole(name: str) -> str:
-    match = WHOLE.fullmatch(name)
-    if match is None:
-        raise Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
-    return match[1]
+def _unpaired(name: str) -> Refused:
+    return Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
 
 
 def _check_whole(name: str, tensor: str, entry: Entry, pair: Mapping[str, Array]) -> None:
@@ -372,11 +364,7 @@ def _lora(parts: Iterable[Part], **facts: Any) -> Lora:
 
 
 def dequantize(tensor: Tensor, data: Any) -> npt.NDArray[np.float32]:
-    """Convert whole rows of a tensor to F32.
-
-    Raises:
-        Refused: the `gguf` package does not know the type.
-    """
+    """Convert whole rows of a tensor to F32, or refuse a type that the `gguf` package does not know."""
     from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
 
     rows = np.frombuffer(data, np.uint8).reshape(-1, bytes_of(tensor.kind, tensor.shape[0]))

@@ -67,17 +67,22 @@ class Resolver:
             AdapterNotFound: no source has it; `reasons` has a reason from each.
             AdapterInvalid: it was found and cannot be used, or its name is ambiguous.
         """
+        text, reasons = ascii(request.reference[:80]), list[str]()
         try:
             reference = parse(request.reference)
-        except NotKnown as reason:
-            raise _not_found(ascii(request.reference[:80]), [str(reason)]) from None
-        try:
+            text = reference.text
             found, reasons = self.candidates(reference)
-            if not found:
-                return self._from_server(reference, request, reasons)
             if len(found) == 1:
                 return self._from_files(found[0], reference, request)
-            return self._chosen(found, reference, request)
+            return self._chosen(found, reference, request) if found else _from_server(reference, request)
+        except NotKnown as reason:
+            reasons.append(str(reason))
+            raise AdapterNotFound(
+                f"The adapter `{text}` was not found: {'; '.join(reasons)}.",
+                reference=text,
+                reasons=reasons,
+                hint="`graftage adapters list` shows the known ones.",
+            ) from None
         except Refused as error:
             raise refused_adapter(request.reference, error, AdapterInvalid) from None
 
@@ -230,21 +235,6 @@ class Resolver:
                 memory.popitem(last=False)
             return memory[key]
 
-    def _from_server(self, reference: Reference, request: ResolveRequest, reasons: list[str]) -> ServedAdapter:
-        """Look for a model of the server that already contains an adapter."""
-        try:
-            model = _served_model(reference.text, request)
-        except (RequestRejected, CapabilityUnsupported) as error:
-            raise _not_found(reference.text, [*reasons, f"server: {error.message}"]) from None
-        if model is None:
-            why = "it has no model of that name"
-        elif found := served_adapter(model, request.base()):
-            _require_digest(reference.digest, found.digest, None)
-            return found
-        else:
-            why = "the model of that name has no adapter"
-        raise _not_found(reference.text, [*reasons, f"server: {why}"])
-
 
 def is_plain(text: str) -> bool:
     """Return whether a reference has no digest."""
@@ -257,22 +247,6 @@ def is_lasting(facts: Facts, base: ModelInfo | None) -> bool:
     return facts.layout != "gguf" or not any(
         is_reordered(facts.architecture, each.tensor) and head_count(metadata, each.tensor) is None
         for each in facts.shapes
-    )
-
-
-def _served_model(name: str, request: ResolveRequest) -> ModelInfo | None:
-    """Return a model of the server; a reference that cannot be a model's name is not sent to it."""
-    if name == request.model:
-        return request.base()
-    return request.show(name) if MODEL.fullmatch(name) else None
-
-
-def _not_found(reference: str, reasons: list[str]) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"The adapter `{reference}` was not found: {'; '.join(reasons)}.",
-        reference=reference,
-        reasons=reasons,
-        hint="`graftage adapters list` shows the known ones.",
     )
 
 
@@ -394,30 +368,28 @@ class FileAdapter:
 
         Raises:
             AdapterInvalid: its files have changed since it was resolved.
-            AdapterUnsupported: its modules have no known names in such a model.
+            AdapterUnsupported: its modules have no known names in such a model, or the layout cannot hold it.
             AdapterError: the cache cannot be written.
         """
-        return self._written(base, lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
+        return self._written(base, _write.encode)
 
     def peft(self, base: ModelInfo) -> Path:
-        """Write a folder of the adapter in PEFT's layout to the cache, as `gguf` does; always a copy of our own.
+        """Write a folder of the adapter in PEFT's layout to the cache; errors are those of `gguf`.
 
-        A trainer may write to the adapter's own folder at any time, and servers read theirs again.
-
-        Raises:
-            AdapterInvalid: its files have changed since it was resolved.
-            AdapterUnsupported: the layout cannot hold it.
-            AdapterError: the cache cannot be written.
+        It is always a copy: a trainer may write to the adapter's own folder at any time, and servers read theirs again.
         """
-        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
+        return self._written(base, _layouts.peft)
 
     def mlx(self, base: ModelInfo) -> Path:
-        """Write a folder of the adapter in mlx-lm's layout to the cache; errors are those of `peft`."""
-        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
+        """Write a folder of the adapter in mlx-lm's layout to the cache, as `peft` does."""
+        return self._written(base, _layouts.mlx)
 
-    def _written(self, base: ModelInfo, write: Callable[[Lora, Path, str], Path]) -> Path:
+    def _written(
+        self, base: ModelInfo, encode: Callable[[Lora, Mapping[str, object]], bytes | Mapping[str, bytes]]
+    ) -> Path:
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:60] or "adapter"
         with self._translate_errors("written"):
-            return write(self._content(base.metadata), self.settings.cache, _slug(self.name))
+            return _write.store(encode(self._content(base.metadata), base.metadata), self.settings.cache / name)
 
     def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _ignore) -> Path:
         """Write the base model with the adapter merged into it to `out`; leave nothing if that fails.
@@ -510,10 +482,6 @@ def _joint(verdicts: Iterable[Verdict]) -> Verdict:
     return Verdict(status=status, reasons=tuple(reasons), warnings=tuple(warnings))
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "adapter"
-
-
 # --- An adapter in the server ----------------------------------------------------------------------------------------
 
 
@@ -542,18 +510,33 @@ class ServedAdapter:
     merge = gguf
 
 
-def served_adapter(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:
-    """Return the adapter that a model contains as a layer, or merged by Graftage; `None` if there is none."""
+def _from_server(reference: Reference, request: ResolveRequest) -> ServedAdapter:
+    """Find a model of the server that contains an adapter as a layer, or merged by Graftage.
+
+    Raises:
+        NotKnown: there is none.
+        Refused: it has another digest.
+    """
+    name = reference.text
+    try:
+        model = request.base() if name == request.model else None
+        if name != request.model and MODEL.fullmatch(name):  # Other references are not sent to the server.
+            model = request.show(name)
+    except (RequestRejected, CapabilityUnsupported) as error:
+        raise NotKnown(f"server: {error.message}") from None
+    if model is None:
+        raise NotKnown("server: it has no model of that name")
     digest, scale = model.metadata.get(_write.DIGEST), model.metadata.get(_write.SCALE)
     if not isinstance(digest, str):
         if not model.adapters:
-            return None
+            raise NotKnown("server: the model of that name has no adapter")
         digest, scale = model.adapters[-1], None
+    _require_digest(reference.digest, digest, None)
     return ServedAdapter(
         name=model.name,
         digest=digest,
         scale=float(scale) if isinstance(scale, (int, float)) else 1.0,
-        verdict=_served_verdict(model, base),
+        verdict=_served_verdict(model, request.base()),
         served_as=model.name,
     )
 

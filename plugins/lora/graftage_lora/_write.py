@@ -1,11 +1,10 @@
 """Writes adapters as GGUF files for servers, and base models with an adapter merged into them.
 
-**An adapter**: equal content gives an equal file. llama.cpp has one alpha per file and divides it by each pair's rank;
-if modules have different scales, the difference is folded into B. The file contains neither name nor time nor path.
+Equal content gives an equal adapter: it contains neither name nor time nor path. llama.cpp has one alpha per file and
+divides it by each pair's rank, so differing scales are folded into B.
 
-**A merged model** is written from start to end. Keys and values are copied byte for byte, and the merge adds its own.
-Untouched tensors are copied in blocks; touched ones are read in blocks of rows, changed and quantised again. Memory
-stays at a few blocks for any model. A coarse type would lose part of a small change, so changed tensors become Q8_0 by
+A merged model is written from start to end. Keys, values and untouched tensors are copied; touched tensors are read in
+blocks of rows, changed and quantised again. A coarse type would lose part of a small change, so they become Q8_0 by
 default; a tensor of floats keeps its type.
 """
 
@@ -21,7 +20,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -37,7 +36,7 @@ from graftage_lora._read import dequantize
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "Step", "atomic_file", "encode", "merge", "store", "store_folder"]
+__all__ = ["DIGEST", "SCALE", "Step", "atomic_file", "encode", "merge", "store"]
 
 Value: TypeAlias = tuple[int, Any]
 """A key's type and value."""
@@ -45,8 +44,8 @@ STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
 
 
-def encode(lora: Lora, metadata: Mapping[str, object]) -> Iterator[bytes]:
-    """Encode an adapter as GGUF, in pieces, for a base model with this metadata.
+def encode(lora: Lora, metadata: Mapping[str, object]) -> bytes:
+    """Encode an adapter as GGUF for a base model with this metadata.
 
     Raises:
         Refused: a module has no known name in such a model.
@@ -55,8 +54,21 @@ def encode(lora: Lora, metadata: Mapping[str, object]) -> Iterator[bytes]:
     alpha = Counter(part.scale * len(part.a) for part in lora.parts).most_common(1)[0][0]
     tensors: list[tuple[str, Array]] = []
     for part in lora.parts:
-        tensors += _halves(part, lora.rows(part, metadata), part.scale * len(part.a) / alpha)
-    return _file(_keys(lora, metadata, alpha), tensors)
+        a, b = part.a, even_scale(lora.rows(part, metadata), part.scale * len(part.a) / alpha)
+        if part.tensor == EMBEDDING:
+            a, b = b, a.T  # llama.cpp looks up rows of A by token, so the halves change places.
+        tensors += (f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", b)
+    values: dict[str, Value] = {
+        "general.architecture": (STRING, lora.facts.architecture or metadata["general.architecture"]),
+        "general.type": (STRING, "adapter"),
+        "adapter.type": (STRING, "lora"),
+        "adapter.lora.alpha": (FLOAT32, alpha),
+    }
+    if lora.facts.invocation:
+        values["adapter.alora.invocation_tokens"] = (ARRAY, lora.facts.invocation)
+    lines = [(name, data.shape[::-1], f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
+    data = [each.tobytes() + bytes(_padding(each.nbytes, ALIGNMENT)) for _, each in tensors]
+    return _encoded_head(3, len(values), _key_values(values), lines, ALIGNMENT) + b"".join(data)
 
 
 def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
@@ -71,25 +83,6 @@ def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
             why = "is not a known module"
         if why is not None:
             raise Refused(f"`{(part.module or part.tensor)[:120]}` {why}")
-
-
-def _keys(lora: Lora, metadata: Mapping[str, object], alpha: float) -> dict[str, Value]:
-    keys = {
-        "general.architecture": (STRING, lora.facts.architecture or metadata["general.architecture"]),
-        "general.type": (STRING, "adapter"),
-        "adapter.type": (STRING, "lora"),
-        "adapter.lora.alpha": (FLOAT32, alpha),
-    }
-    if lora.facts.invocation:
-        keys["adapter.alora.invocation_tokens"] = (ARRAY, lora.facts.invocation)
-    return keys
-
-
-def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
-    a, b = part.a, even_scale(rows, factor)
-    if part.tensor == EMBEDDING:
-        a, b = b, a.T  # llama.cpp looks up rows of A by token, so the halves change places.
-    return [(f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", b)]
 
 
 # --- Atomic files ----------------------------------------------------------------------------------------------------
@@ -120,21 +113,17 @@ def _delete_stale(out: Path) -> None:
                 part.unlink()
 
 
-def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
-    """Keep a file in a folder under a name that ends with the start of its SHA-256."""
-    data = b"".join(content)
-    return _keep(folder / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.gguf", data)
-
-
-def store_folder(files: Mapping[str, bytes], folder: Path, name: str) -> Path:
-    """Keep files in a folder of their own, whose name ends with the start of a SHA-256 over them."""
+def store(content: bytes | Mapping[str, bytes], path: Path) -> Path:
+    """Keep a GGUF file, or a folder of files, whose name gets the start of a SHA-256 at its end."""
+    if isinstance(content, bytes):
+        return _keep(path.with_name(f"{path.name}-{hashlib.sha256(content).hexdigest()[:16]}.gguf"), content)
     found = hashlib.sha256()
-    for each, data in sorted(files.items()):
+    for each, data in sorted(content.items()):
         found.update(f"{each} {len(data)}\n".encode() + data)
-    path = folder / f"{name}-{found.hexdigest()[:16]}"
-    for each, data in files.items():
-        _keep(path / each, data)
-    return path
+    folder = path.with_name(f"{path.name}-{found.hexdigest()[:16]}")
+    for each, data in content.items():
+        _keep(folder / each, data)
+    return folder
 
 
 def _keep(path: Path, data: bytes) -> Path:
@@ -335,11 +324,3 @@ def _encoded_head(
         offset += size + _padding(size, alignment)
     head = b"".join(pieces)
     return head + bytes(_padding(len(head), alignment))
-
-
-def _file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
-    """Encode a whole file of F32 and F16 arrays, in pieces."""
-    lines = [(name, data.shape[::-1], f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
-    yield _encoded_head(3, len(values), _key_values(values), lines, ALIGNMENT)
-    for _, data in tensors:
-        yield data.tobytes() + bytes(_padding(data.nbytes, ALIGNMENT))
