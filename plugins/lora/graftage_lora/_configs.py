@@ -78,7 +78,8 @@ def read_config(files: Files) -> Config:
 
 
 def _base(config: Mapping[str, object]) -> str | None:
-    return _text(config, "base_model_name_or_path") or _text(config, "model")
+    stated = (config.get(key) for key in ("base_model_name_or_path", "model"))
+    return next((each for each in stated if isinstance(each, str) and each), None)
 
 
 def _document(files: Files) -> dict[str, Any]:
@@ -107,11 +108,6 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Refused(f"{what} is not a JSON object")
     return found
-
-
-def _text(config: Mapping[str, object], key: str) -> str | None:
-    found = config.get(key)
-    return found if isinstance(found, str) and found else None
 
 
 def _number(config: Mapping[str, object], key: str) -> float:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +27,7 @@ from graftage_lora._sources import (
     NotKnown,
     name_problem,
     parse,
+    refusal,
     split_repository,
 )
 from graftage_lora._write import atomic_file
@@ -61,7 +61,8 @@ def pull(request: PullAdapterRequest, resolver: Resolver) -> AdapterInfo | None:
         if not reference.startswith(HUB):
             return None
         raise AdapterNotFound(f"The adapter `{ascii(reference)[1:-1][:200]}` was not found: {reason}.") from None
-    name = request.name or default_name(repository, revision)
+    tagged = f"{repository}@{revision}" if revision else repository
+    name = request.name or (tagged if name_problem(tagged) is None and is_plain(tagged) else repository)
     if problem := name_problem(name) or (None if is_plain(name) else "its end looks like a digest"):
         raise AdapterInvalid(f"`{ascii(name)[1:-1][:200]}` cannot be a name: {problem}.", hint="Give another `name`.")
     label = f"{owner}/{repository}"
@@ -72,12 +73,6 @@ def pull(request: PullAdapterRequest, resolver: Resolver) -> AdapterInfo | None:
         raise refused_adapter(reference, error, AdapterInvalid) from None
     request.call.emit("progress", progress=PullProgress(status="success", digest=found.digest))
     return found
-
-
-def default_name(repository: str, revision: str) -> str:
-    """Return the name of a repository, with its tag or branch if one was asked for: `style@v1.2`."""
-    name = f"{repository}@{revision}"
-    return name if revision and name_problem(name) is None and is_plain(name) else repository
 
 
 # --- Downloading -----------------------------------------------------------------------------------------------------
@@ -97,7 +92,7 @@ class _Download:
 
     def run(self) -> str:
         """Download the files into the library's cache, and return their commit."""
-        with self._translate_errors():
+        try:
             commit, sizes = self._inspect()
             files = needed(list(sizes))
             total = sum(sizes[each] for each in files)
@@ -108,6 +103,12 @@ class _Download:
             for each in files:
                 self._fetch(each, commit, done, sizes[each], total)
                 done += sizes[each]
+        except (GraftageError, Refused):
+            raise
+        except Exception as error:  # noqa: BLE001 - the library has those of several HTTP libraries
+            # Their words may contain addresses with a signature.
+            late = time.monotonic() >= self._call.deadline
+            raise (self._call.timed_out() if late else self._error(error)) from None
         return commit
 
     def _inspect(self) -> tuple[str, dict[str, int]]:
@@ -164,17 +165,6 @@ class _Download:
     def _report(self, status: str, total: int | None = None, completed: int | None = None) -> None:
         self._call.emit("progress", progress=PullProgress(status=status, total=total, completed=completed))
 
-    @contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """Translate the errors of the library, whose words may contain addresses with a signature."""
-        try:
-            yield
-        except (GraftageError, Refused):
-            raise
-        except Exception as error:  # noqa: BLE001 - it has those of several HTTP libraries
-            late = time.monotonic() >= self._call.deadline
-            raise (self._call.timed_out() if late else self._error(error)) from None
-
     def _error(self, error: Exception) -> AdapterError:
         """Return the typed error for one of the library's, which also raises those of its HTTP library."""
         kinds, where = self._hub.errors, f"`{self.label}`"
@@ -214,11 +204,7 @@ def _library() -> Any:
 
 
 def needed(names: list[str]) -> tuple[str, ...]:
-    """Return the files of a repository that its adapter consists of.
-
-    Raises:
-        Refused: it has no adapter, or several.
-    """
+    """Return the files of a repository that its only adapter consists of."""
     if CONFIG in names:
         for weights in WEIGHTS.values():
             if weights in names:
@@ -242,12 +228,7 @@ def _shown(names: list[str]) -> str:
 
 
 def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference: str, revision: str) -> AdapterInfo:
-    """Check what was downloaded, and bind the name to it in the user's registry.
-
-    Raises:
-        Refused: it cannot be used.
-        AdapterError: the name means something else, or the registry cannot be written.
-    """
+    """Check what was downloaded, and bind the name to it in the user's registry."""
     from filelock import FileLock
 
     (found,), _ = resolver.candidates(parse(reference))
@@ -269,8 +250,8 @@ def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference:
                 )
             _write(registry, name, entry)
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise AdapterError(f"{registry} cannot be read and written: {what}.", hint="Fix it or move it away.") from None
+        reason = f"{registry} cannot be read and written: {refusal(error)}."
+        raise AdapterError(reason, hint="Fix it or move it away.") from None
     (found,), _ = resolver.candidates(parse(name))
     return replace(resolver.info(found, None, settled=True), verdict=None)
 

@@ -215,12 +215,15 @@ def _check_entry(name: str, entry: object) -> Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(f"{label} must have exactly dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str):
-        raise Refused(f"{label} has the invalid type {str(kind)[:20]}")
-    if not _are_integers(shape):
-        raise Refused(f"{label} has the invalid shape {str(shape)[:60]}")
-    if not _are_integers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
-        raise Refused(f"{label} has the invalid data_offsets {str(offsets)[:60]}")
+    ordered = _are_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]
+    checks = (
+        ("type", kind, isinstance(kind, str)),
+        ("shape", shape, _are_integers(shape)),
+        ("data_offsets", offsets, ordered),
+    )
+    for what, value, valid in checks:
+        if not valid:
+            raise Refused(f"{label} has the invalid {what} {str(value)[:60]}")
     return Entry(kind, shape, *offsets)
 
 

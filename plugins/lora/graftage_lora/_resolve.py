@@ -27,7 +27,7 @@ from graftage.exceptions import (
 from graftage.gguf import MAX_HEAD, Header
 from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
 from graftage_lora import _layouts, _write
-from graftage_lora._files import CheckedFile, Files, Refused, read_head
+from graftage_lora._files import CheckedFile, Refused, read_head
 from graftage_lora._lora import STATUSES, Facts, Lora, head_count, is_reordered, judge
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
@@ -197,11 +197,8 @@ class Resolver:
             scale=facts.scale,
             verdict=self._verdict(facts, base, found.base_model),
             facts=facts,
-            files=found.usable(),
+            found=found,
             settings=self.settings,
-            source=found.source,
-            given_scale=found.scale,
-            meant_for=found.base_model,
         )
 
     def facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
@@ -211,7 +208,7 @@ class Resolver:
         state = files.signature()
 
         def read_now() -> tuple[Facts, str]:
-            lora = load(files, found.scale, self.settings)
+            lora = load(found, self.settings)
             if files.signature() != state:
                 raise Refused("its files changed while they were read", "Resolve it again.")
             return lora.facts, lora.digest(metadata)
@@ -279,14 +276,10 @@ def _ignore(_written: int, _total: int) -> None:
     """Ignore the progress of a merge."""
 
 
-def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
-    """Read the adapter in some files, with its registry's scale.
-
-    Raises:
-        Refused: it is malformed, unsafe or not supported.
-    """
-    lora = read(files, max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
-    return lora if scale is None else lora.scaled(scale)
+def load(found: Found, settings: LoraSettings) -> Lora:
+    """Read an adapter, with its registry's scale if that has one."""
+    lora = read(found.usable(), max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
+    return lora if found.scale is None else lora.scaled(found.scale)
 
 
 E = TypeVar("E", bound=AdapterError)
@@ -316,14 +309,8 @@ class FileAdapter:
     scale: float
     verdict: Verdict
     facts: Facts = field(repr=False)
-    files: Files = field(repr=False)
+    found: Found = field(repr=False)
     settings: LoraSettings = field(repr=False)
-    source: str = ""
-    """The source that found it."""
-    given_scale: float | None = None
-    """The scale of the registry, which replaces the adapter's own."""
-    meant_for: str | None = None
-    """The base model that the registry names."""
     served_as: str | None = None
     refusal: AdapterInvalid | None = field(default=None, repr=False)
     """Why it may only be looked at."""
@@ -455,7 +442,7 @@ class FileAdapter:
         if self.refusal is not None:
             raise copy.copy(self.refusal)  # One instance raised twice would mix tracebacks.
         with self._translate_errors("read", AdapterInvalid):
-            lora = load(self.files, self.given_scale, self.settings)
+            lora = load(self.found, self.settings)
             if lora.facts != self.facts:
                 raise Refused("its files changed after the check", "Resolve it again.")
             return lora

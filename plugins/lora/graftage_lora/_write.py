@@ -165,38 +165,32 @@ class _Job:
     """The part that changes it, and that part's B in the order of the file."""
 
 
-def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
-    """Return the keys that mark a merged model; servers show them."""
-    return {
-        DIGEST: (STRING, digest),
-        SCALE: (FLOAT32, lora.facts.scale),
-        "graftage.merge.type": (STRING, kind),
-        "graftage.merge.version": (UINT32, VERSION),
-    }
-
-
 def merge(base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str) -> Iterator[Step]:
     """Write the merged model step by step; yield the bytes written and the total before each.
 
-    Args:
-        base: the base model's file.
-        header: its head.
-        lora: the adapter; it must fit.
-        out: where to write.
-        digest: the adapter's digest.
-        kind: the type of touched quantised tensors: `Q8_0` or `F16`.
+    The adapter must fit the base model. Touched quantised tensors get the type `kind`: `Q8_0` or `F16`.
 
     Raises:
         Refused: the adapter or the base model cannot be merged.
         OSError: the merged model does not fit on the disk.
     """
-    added = _merge_keys(digest, lora, kind)
+    added = {  # They mark a merged model; servers show them.
+        DIGEST: (STRING, digest),
+        SCALE: (FLOAT32, lora.facts.scale),
+        "graftage.merge.type": (STRING, kind),
+        "graftage.merge.version": (UINT32, VERSION),
+    }
     _check(header, lora, added)
     parts = {part.tensor: part for part in lora.parts}
     jobs = [_job(tensor, parts.get(tensor.name), lora, header.metadata, kind) for tensor in header.tensors.values()]
-    head = _head(base, header, jobs, added)
+    lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
+    keys = base.read_at(START_SIZE, header.keys_end - START_SIZE) + _key_values(added)
+    head = _encoded_head(header.version, len(header.metadata) + len(added), keys, lines, header.alignment)
     total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
-    _check_disk(out, total)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < total + SPARE:
+        raise OSError(errno.ENOSPC, f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
     with atomic_file(out) as file:
         done = file.write(head)
         for data in _tensor_data(base, header, jobs):
@@ -217,13 +211,6 @@ def _check(header: Header, lora: Lora, added: Mapping[str, Value]) -> None:
     _check_placed(lora, header.metadata)
 
 
-def _check_disk(out: Path, total: int) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < total + SPARE:
-        raise OSError(errno.ENOSPC, f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
-
-
 def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, object], kind: str) -> _Job:
     if part is None:
         return _Job(tensor=tensor, kind=tensor.kind, size=tensor.size)
@@ -236,15 +223,9 @@ def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, o
     return _Job(tensor=tensor, kind=kind, size=size, change=(part, lora.rows(part, metadata)))
 
 
-def _head(base: CheckedFile, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
-    lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
-    keys = base.read_at(START_SIZE, header.keys_end - START_SIZE) + _key_values(added)
-    return _encoded_head(header.version, len(header.metadata) + len(added), keys, lines, header.alignment)
-
-
 def _tensor_data(base: CheckedFile, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
     for job in jobs:
-        yield from _copied(base, job.tensor) if job.change is None else _merged_rows(base, job, *job.change)
+        yield from _merged_rows(base, job, *job.change) if job.change else _copied(base, job.tensor)
         yield bytes(_padding(job.size, header.alignment))
     if not base.unchanged():
         raise Refused("the base model's file changed while it was read")
@@ -256,31 +237,22 @@ def _copied(base: CheckedFile, tensor: Tensor) -> Iterator[bytes]:
 
 
 def _merged_rows(base: CheckedFile, job: _Job, part: Part, rows: Array) -> Iterator[bytes]:
+    from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
+
     inputs, outputs = job.tensor.shape
     width = bytes_of(job.tensor.kind, inputs)
     step = max(1, BLOCK // inputs)
     a = part.a.astype(np.float32) * np.float32(part.scale)
+    limit = min(HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf), FLOAT_LIMIT)
     for row in range(0, outputs, step):
         count = min(step, outputs - row)
         block = dequantize(job.tensor, base.read_at(job.tensor.offset + row * width, count * width))
-        yield _quantize(_add_change(block, rows[row : row + count].astype(np.float32), a, job), job.kind)
-
-
-def _add_change(block: Array, b: Array, a: Array, job: _Job) -> Array:
-    with np.errstate(all="ignore"):
-        block = block + b @ a
-    limit = HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf)
-    # The comparison is false for NaN, too.
-    if not np.abs(block).max() <= min(limit, FLOAT_LIMIT):
-        raise Refused(f"the changed `{job.tensor.name}` exceeds what its type can hold")
-    return block
-
-
-def _quantize(rows: Array, kind: str) -> bytes:
-    """Convert rows of F32 to a type of floats, or to Q8_0."""
-    from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
-
-    return quants.quantize(rows, GGMLQuantizationType[kind]).tobytes()
+        with np.errstate(all="ignore"):
+            block = block + rows[row : row + count].astype(np.float32) @ a
+        # The comparison is false for NaN, too.
+        if not np.abs(block).max() <= limit:
+            raise Refused(f"the changed `{job.tensor.name}` exceeds what its type can hold")
+        yield quants.quantize(block, GGMLQuantizationType[job.kind]).tobytes()
 
 
 # --- The parts of a GGUF file ----------------------------------------------------------------------------------------
