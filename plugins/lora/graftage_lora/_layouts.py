@@ -47,11 +47,7 @@ def mlx(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
 
 
 def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
-    """Encode an adapter in PEFT's layout, for a base model with this metadata; return the files by name.
-
-    Raises:
-        Refused: the layout cannot hold it.
-    """
+    """Encode an adapter in PEFT's layout, as `mlx` does."""
     parts, rank, scale = _even(lora, metadata)
     tensors: dict[str, Array] = {}
     for module, a, b, embeds in parts:

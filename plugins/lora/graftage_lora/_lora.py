@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -190,22 +190,14 @@ class Lora:
         return Lora(facts=replace(self.facts, shapes=tuple(each.shape for each in parts)), parts=parts)
 
     def rows(self, part: Part, metadata: Mapping[str, Any]) -> Array:
-        """Return B with its rows in the order of a GGUF base model with this metadata.
-
-        Raises:
-            Refused: the metadata lacks the number of heads.
-        """
+        """Return B with its rows in the order of a GGUF base model; refuse metadata without the number of heads."""
         stated = metadata.get("general.architecture")
         if self.facts.layout == "gguf" or not is_reordered(stated, part.tensor):
             return part.b
         return reorder(part.b, _heads_of(part, metadata))
 
     def original_rows(self, part: Part, metadata: Mapping[str, object]) -> Array:
-        """Return B with its rows in the order of the original weights.
-
-        Raises:
-            Refused: they have GGUF's order, and the base model's metadata lacks the number of heads.
-        """
+        """Return B with its rows in the order of the original weights; `rows` backwards."""
         if self.facts.layout != "gguf" or not is_reordered(self.facts.architecture, part.tensor):
             return part.b
         return restore(part.b, _heads_of(part, metadata))
@@ -258,13 +250,7 @@ REPLACED: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None) -> Verdict:
-    """Judge whether an adapter fits a base model, with all reasons.
-
-    Args:
-        facts: the adapter.
-        base: what is known of the base model.
-        meant_for: the base model that the adapter's registry names.
-    """
+    """Judge whether an adapter fits a base model, with all reasons; `meant_for` is what its registry names."""
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
         reason = "the provider does not report the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
@@ -358,7 +344,6 @@ def _check_part(shape: Shape, facts: Facts, base: ModelInfo) -> Iterator[Finding
     if place := _check_place(shape, facts, base):
         yield place
         return
-    yield from _check_ends(shape, base)
     yield from _check_shape(shape, base)
     if is_reordered(metadata["general.architecture"], shape.tensor) and head_count(metadata, shape.tensor) is None:
         yield "unknown", "cannot be reordered: the number of heads is not known"
@@ -375,23 +360,30 @@ def _check_place(shape: Shape, facts: Facts, base: ModelInfo) -> Finding | None:
     return None if is_placed(shape.tensor) else ("unknown", "is not a known module")
 
 
-def _check_ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
-    if shape.tensor not in (EMBEDDING, OUTPUT):
-        return
-    if base.tensors is None:
-        yield "unknown", "may be tied to another tensor: the base model's tensors are not known"
-    elif OUTPUT not in base.tensors:
-        yield "incompatible", "cannot be changed alone: the base model's embedding and output are tied"
-
-
 def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
-    if base.tensors is not None and shape.tensor not in base.tensors:
-        if shape.tensor != OUTPUT:  # `_check_ends` has reported it.
-            yield _missing_tensor(shape, base.tensors)
+    tensor, kind, tensors = shape.tensor, kind_of(shape.tensor), base.tensors
+    at_end = tensor in (EMBEDDING, OUTPUT)
+    if tensors is None:
+        if at_end:
+            yield "unknown", "may be tied to another tensor: the base model's tensors are not known"
+        if base.metadata["general.architecture"] not in ARCHITECTURES:
+            return  # `_check_architecture` has reported it.
+    elif at_end and OUTPUT not in tensors:
+        yield "incompatible", "cannot be changed alone: the base model's embedding and output are tied"
+        if tensor == OUTPUT:
+            return
+    elif tensor not in tensors:
+        if instead := [each for each in REPLACED.get(kind, ()) if tensor.replace(kind, each) in tensors]:
+            yield "unsupported", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
+        else:
+            yield "incompatible", "is missing in the base model"
         return
-    if base.tensors is None and base.metadata["general.architecture"] not in ARCHITECTURES:
-        return  # `_check_architecture` has reported it.
-    sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
+    yield from _check_sides(
+        shape, _expected_shape(base.metadata, tensor) if tensors is None else tensors.get(tensor, ())
+    )
+
+
+def _check_sides(shape: Shape, sides: Sequence[int | None]) -> Iterator[Finding]:
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         yield "unknown", "has an unknown shape in the base model"
         return
@@ -400,14 +392,6 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
             rows = side == "outputs" and shape.tensor in (EMBEDDING, OUTPUT)
             why = ": its vocabulary was resized, or it is for another model" if rows else ""
             yield "incompatible", f"has {own} {side}, but {other} in the base model{why}"
-
-
-def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
-    kind = kind_of(shape.tensor)
-    instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
-    if instead:
-        return "unsupported", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
-    return "incompatible", "is missing in the base model"
 
 
 def _expected_shape(metadata: Mapping[str, object], tensor: str) -> tuple[int | None, ...]:

@@ -49,12 +49,7 @@ Halves: TypeAlias = dict[str, dict[str, Array]]
 
 
 def read(files: Files, *, max_bytes: int = MAX_BYTES, leave_out_vision: bool = False) -> Lora:
-    """Read the adapter in some files.
-
-    Args:
-        files: where it is.
-        max_bytes: the largest file that is read.
-        leave_out_vision: read it without what it changes outside of the language model, instead of refusing it.
+    """Read the adapter in some files, at most so many bytes; without what it changes in a tower, or refuse that.
 
     Raises:
         Refused: it is malformed, unsafe or not supported.

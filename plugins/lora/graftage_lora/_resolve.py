@@ -105,11 +105,8 @@ class Resolver:
         for each in found.values():
             settled = each.source == USERS or names[each.name] == 1
             info = self.info(each, base, settled=settled and not blocked)
-            if request.model is None:
-                info = replace(info, verdict=None)
-            elif unreachable and info.verdict:
-                info = replace(info, verdict=unreachable)
-            yield info
+            asked = info.verdict if request.model is not None else None
+            yield replace(info, verdict=asked and (unreachable or asked))
 
     def info(self, found: Found, base: ModelInfo | None, *, settled: bool) -> AdapterInfo:
         """Describe an adapter, or what is wrong with it; `settled` means that its name finds it."""

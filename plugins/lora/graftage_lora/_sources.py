@@ -16,11 +16,11 @@ import re
 import struct
 import tomllib
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -139,35 +139,18 @@ class Found:
     base_model: str | None = None
 
     def usable(self) -> Files:
-        """Return the files.
-
-        Raises:
-            Refused: they cannot be used.
-        """
+        """Return the files, or raise why they cannot be used."""
         if isinstance(self.files, Refused):
             raise self.files
         return self.files
 
 
-class Source(Protocol):
-    """One place to look for adapters."""
+Source: TypeAlias = "Paths | Registry | Folder | Hub"
+"""One place to look for adapters. If it settles a reference, what it finds is the only meaning.
 
-    name: str
-    settles: bool
-    """Whether what it finds is the only meaning of a reference."""
-
-    def find(self, reference: Reference) -> Sequence[Found]:
-        """Find the adapters that a reference may mean.
-
-        Raises:
-            NotKnown: the source does not have it.
-            Refused: the source has it, but it cannot be used; the search ends.
-        """
-        ...
-
-    def known(self) -> Iterator[Found]:
-        """List the adapters here, also those that cannot be used."""
-        ...
+`find` returns the adapters that a reference may mean. It raises `NotKnown`, or `Refused`, which ends the search.
+`known` lists the adapters here, also those that cannot be used.
+"""
 
 
 def chain(settings: LoraSettings) -> tuple[Source, ...]:
@@ -458,11 +441,7 @@ def _list_names(folder: Path) -> list[str]:
 
 
 def split_repository(text: str) -> tuple[str, str, str]:
-    """Split `hf://owner/name@revision` into owner, name and revision, which may be empty.
-
-    Raises:
-        NotKnown: it has another form.
-    """
+    """Split `hf://owner/name@revision` into owner, name and revision, which may be empty; `NotKnown` if it cannot."""
     match = REPOSITORY.fullmatch(text.removeprefix(HUB))
     if match is None:
         raise NotKnown(f"`{HUB}` must be followed by `owner/name` or `owner/name@revision`")
