@@ -56,8 +56,8 @@ def read_config(files: Files) -> Config:
     """
     found = _document(files)
     # Some converters write both vocabularies; each program reads its own, with the weights of its own name.
-    both = "peft_type" in found and "lora_parameters" in found
-    if "peft_type" in found and not (both and files.weights.name == MLX_WEIGHTS):
+    mlx = "lora_parameters" in found or "fine_tune_type" in found
+    if "peft_type" in found and not (mlx and files.weights.name == MLX_WEIGHTS):
         _check_peft(found)
         return Config(
             layout="peft",
@@ -66,7 +66,7 @@ def read_config(files: Files) -> Config:
             invocation=invocation_tokens(found.get("alora_invocation_tokens")),
             targets=_peft_targets(found),
         )
-    if "lora_parameters" in found or "fine_tune_type" in found:
+    if mlx:
         parameters = _mlx_parameters(found)
         return Config(
             layout="mlx",
@@ -110,9 +110,8 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     return found
 
 
-def _number(config: Mapping[str, object], key: str) -> float:
+def _number(value: object, key: str) -> float:
     """Return a finite number other than 0: a scale of 0 would change nothing."""
-    value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not is_finite(value):
         raise Refused(f"`{key}` must be a finite number other than 0, not {str(value)[:40]}")
     return float(value)
@@ -196,9 +195,9 @@ def _peft_scales(config: Mapping[str, object]) -> Scales:
     """
     ranks = {_rank(config.get("r"), "r")}
     ranks.update(_rank(value, "rank_pattern") for value in _pattern(config, "rank_pattern").values())
-    alpha = _number(config, "lora_alpha")
+    alpha = _number(config.get("lora_alpha"), "lora_alpha")
     pattern = _pattern(config, "alpha_pattern")
-    alphas = Patterns({key: _number({"alpha_pattern": each}, "alpha_pattern") for key, each in pattern.items()})
+    alphas = Patterns({key: _number(each, "alpha_pattern") for key, each in pattern.items()})
     stabilised = bool(config.get("use_rslora"))
 
     def scale(module: str, rank: int) -> float:
@@ -250,7 +249,7 @@ def _mlx_scales(config: Mapping[str, object], parameters: Mapping[str, Any]) -> 
     `alpha` from old instructions, and ignore it.
     """
     rank = _rank(parameters["rank"], "rank") if "rank" in parameters else None
-    scale = _number(parameters, "scale")
+    scale = _number(parameters.get("scale"), "scale")
     if "num_layers" not in config and parameters.get("alpha", rank) != rank:
         raise Refused(
             "`lora_parameters` have an `alpha`, whose meaning depends on the release of mlx-lm",
