@@ -40,7 +40,6 @@ __all__ = ["pull"]
 
 EXTRA: Final = "pip install 'graftage-lora[hub]'"
 LOGIN: Final = "log in with `hf auth login` or set HF_TOKEN"
-NETWORK: Final = "Check the network and HF_ENDPOINT."
 SHOWN: Final = 5
 """Files of a repository that an error names."""
 
@@ -169,7 +168,8 @@ class _Download:
         """Return the typed error for one of the library's, which also raises those of its HTTP library."""
         kinds, where = self._hub.errors, f"`{self.label}`"
         status = getattr(getattr(error, "response", None), "status_code", None)
-        kind, words, hint = AdapterError, f"The download of {where} failed ({type(error).__name__}).", NETWORK
+        kind, words = AdapterError, f"The download of {where} failed ({type(error).__name__})."
+        hint = "Check the network and HF_ENDPOINT."
         if isinstance(error, kinds.GatedRepoError):
             address = f"{self._endpoint or 'https://huggingface.co'}/{self.label}"
             words, hint = f"{where} is gated.", f"Ask for access at {address}, then {LOGIN}."
@@ -205,10 +205,9 @@ def _library() -> Any:
 
 def needed(names: list[str]) -> tuple[str, ...]:
     """Return the files of a repository that its only adapter consists of."""
-    if CONFIG in names:
-        for weights in WEIGHTS.values():
-            if weights in names:
-                return CONFIG, weights
+    weights = [each for each in WEIGHTS.values() if each in names]
+    if CONFIG in names and weights:
+        return CONFIG, weights[0]
     files = sorted(each for each in names if re.fullmatch(r"[\w][\w.+ -]*\.gguf", each))
     if len(files) == 1:
         return (files[0],)

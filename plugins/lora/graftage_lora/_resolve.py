@@ -61,12 +61,7 @@ class Resolver:
         self._lock = threading.Lock()
 
     def resolve(self, request: ResolveRequest) -> Adapter:
-        """Find, read and judge the adapter of a reference.
-
-        Raises:
-            AdapterNotFound: no source has it; `reasons` has a reason from each.
-            AdapterInvalid: it was found and cannot be used, or its name is ambiguous.
-        """
+        """Find, read and judge the adapter of a reference."""
         text, reasons = ascii(request.reference[:80]), list[str]()
         try:
             reference = parse(request.reference)
@@ -87,10 +82,7 @@ class Resolver:
             raise refused_adapter(request.reference, error, AdapterInvalid) from None
 
     def known(self, request: ListAdaptersRequest) -> Iterator[AdapterInfo]:
-        """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read.
-
-        Each is read completely when the iterator reaches it, unless it is remembered.
-        """
+        """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read."""
         base, unreachable = None, None
         try:
             base = request.base() if request.model is not None else None
@@ -147,12 +139,7 @@ class Resolver:
         return found, reasons
 
     def _chosen(self, found: Sequence[Found], reference: Reference, request: ResolveRequest) -> FileAdapter:
-        """Return the adapter that a name means: the one with the required digest, or any if all are equal.
-
-        Raises:
-            AdapterInvalid: the name is ambiguous; `reasons` has the path of each.
-            Refused: none has the required digest.
-        """
+        """Return the adapter that a name means: the one with the required digest, or any if all are equal."""
         versions: dict[str, Found] = {}
         reasons, broken = [], False
         for each in found:
@@ -430,12 +417,7 @@ class FileAdapter:
         return mixed([(each.read(), weight) for each, weight in self.parts], metadata)
 
     def read(self) -> Lora:
-        """Read its own files again.
-
-        Raises:
-            AdapterInvalid: they have changed, or the adapter may only be looked at.
-            AdapterError: they cannot be read.
-        """
+        """Read its own files again; refuse it if they have changed, or if it may only be looked at."""
         if self.refusal is not None:
             raise copy.copy(self.refusal)  # One instance raised twice would mix tracebacks.
         with self._translate_errors("read", AdapterInvalid):
@@ -495,12 +477,7 @@ class ServedAdapter:
 
 
 def _from_server(reference: Reference, request: ResolveRequest) -> ServedAdapter:
-    """Find a model of the server that contains an adapter as a layer, or merged by Graftage.
-
-    Raises:
-        NotKnown: there is none.
-        Refused: it has another digest.
-    """
+    """Find a model of the server that contains an adapter as a layer, or merged by Graftage."""
     name = reference.text
     try:
         model = request.base() if name == request.model else None

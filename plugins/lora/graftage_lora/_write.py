@@ -79,10 +79,8 @@ def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
         raise Refused(no_row(architecture))
     for part in lora.parts:
         why = why_misplaced(part.module, part.tensor, row) if part.module and row else None
-        if why is None and not is_placed(part.tensor):
-            why = "is not a known module"
-        if why is not None:
-            raise Refused(f"`{(part.module or part.tensor)[:120]}` {why}")
+        if why or not is_placed(part.tensor):
+            raise Refused(f"`{(part.module or part.tensor)[:120]}` {why or 'is not a known module'}")
 
 
 # --- Atomic files ----------------------------------------------------------------------------------------------------
@@ -92,7 +90,10 @@ def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
 def atomic_file(out: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only once complete; leave nothing after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _delete_stale(out)
+    for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):  # Killed runs have left them.
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -103,14 +104,6 @@ def atomic_file(out: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _delete_stale(out: Path) -> None:
-    """Delete partial files that killed runs have left."""
-    for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > STALE:
-                part.unlink()
 
 
 def store(content: bytes | Mapping[str, bytes], path: Path) -> Path:
@@ -225,15 +218,14 @@ def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, o
 
 def _tensor_data(base: CheckedFile, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
     for job in jobs:
-        yield from _merged_rows(base, job, *job.change) if job.change else _copied(base, job.tensor)
+        if job.change:
+            yield from _merged_rows(base, job, *job.change)
+        else:
+            for at in range(0, job.size, BLOCK):
+                yield base.read_at(job.tensor.offset + at, min(BLOCK, job.size - at))
         yield bytes(_padding(job.size, header.alignment))
     if not base.unchanged():
         raise Refused("the base model's file changed while it was read")
-
-
-def _copied(base: CheckedFile, tensor: Tensor) -> Iterator[bytes]:
-    for position in range(0, tensor.size, BLOCK):
-        yield base.read_at(tensor.offset + position, min(BLOCK, tensor.size - position))
 
 
 def _merged_rows(base: CheckedFile, job: _Job, part: Part, rows: Array) -> Iterator[bytes]:
