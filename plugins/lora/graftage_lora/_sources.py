@@ -216,7 +216,7 @@ class Folder:
             raise NotKnown(problem)
         names = self._names()
         found = list(self._registry.known(name))
-        found = found or [self._entry(each) for each in names if composed(each) in (name, f"{name}.gguf")]
+        found = found or [self._entry(name, each) for each in names if composed(each) in (name, f"{name}.gguf")]
         if not found:
             others = [each for each in names if each.removesuffix(".gguf").casefold() == name.casefold()]
             raise NotKnown(f"there is `{others[0]}`, in a different case" if others else "no such entry")
@@ -234,12 +234,12 @@ class Folder:
         yield from bound
         taken = {each.name for each in bound}
         for each in names:
-            name = _adapter_name(each)
+            name = composed(each).removesuffix(".gguf")
             if name not in taken and name_problem(name) is None and may_be_adapter(self._folder / each, self._folder):
-                yield self._entry(each)
+                yield self._entry(name, each)
 
-    def _entry(self, entry: str) -> Found:
-        name, path = _adapter_name(entry), self._folder / entry
+    def _entry(self, name: str, entry: str) -> Found:
+        path = self._folder / entry
         try:
             files: Files | Refused = locate(path, within=self._folder)
         except (Refused, OSError) as error:
@@ -251,10 +251,6 @@ class Folder:
             return list_folder(self._folder)
         except FileNotFoundError:
             raise NotKnown("the folder does not exist") from None
-
-
-def _adapter_name(entry: str) -> str:
-    return composed(entry).removesuffix(".gguf")
 
 
 def refusal(error: Exception) -> Refused:
