@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from graftage_lora._files import CheckedFile, Files, Refused
+from graftage_lora._files import CONFIG, WEIGHTS, CheckedFile, Files, Refused
 from graftage_lora._lora import Targets
 from graftage_lora._patterns import Patterns
 
@@ -30,7 +30,6 @@ __all__ = [
 
 MAX_CONFIG: Final = 1 << 20
 MAX_RANK: Final = 1024
-MLX_WEIGHTS: Final = "adapters.safetensors"
 MAX_TOKEN: Final = 1 << 31
 MERGE: Final = "Merge it in its trainer (`merge_and_unload`), and use the result as the model."
 Scales: TypeAlias = Callable[[str, int], float]
@@ -57,7 +56,7 @@ def read_config(files: Files) -> Config:
     found = _document(files)
     # Some converters write both vocabularies; each program reads its own, with the weights of its own name.
     mlx = "lora_parameters" in found or "fine_tune_type" in found
-    if "peft_type" in found and not (mlx and files.weights.name == MLX_WEIGHTS):
+    if "peft_type" in found and not (mlx and files.weights.name == WEIGHTS["mlx"]):
         _check_peft(found)
         return Config(
             layout="peft",
@@ -84,7 +83,7 @@ def _base(config: Mapping[str, object]) -> str | None:
 
 def _document(files: Files) -> dict[str, Any]:
     if files.config is None or not files.config.exists():
-        raise Refused("`adapter_config.json` with the scale is missing", "Put it beside the weights.")
+        raise Refused(f"`{CONFIG}` with the scale is missing", "Put it beside the weights.")
     with CheckedFile(files.config, within=files.within, limit=MAX_CONFIG) as file:
         return parse_json(bytes(file.rest()).removeprefix(codecs.BOM_UTF8), f"`{file.name}`")
 

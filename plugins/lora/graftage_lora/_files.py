@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["CheckedFile", "Files", "Refused", "read_head"]
+__all__ = ["CONFIG", "WEIGHTS", "CheckedFile", "Files", "Refused", "read_head"]
 
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 ADAPTER_HEAD: Final = 1 << 22
 """The largest head of an adapter in bytes: adapters have no vocabulary."""
 # Without O_NONBLOCK, opening a named pipe would wait forever for its other end. The path is resolved before it is

@@ -16,20 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from graftage.exceptions import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnsupported, GraftageError
 from graftage.types import AdapterInfo, PullProgress
-from graftage_lora._files import Refused
+from graftage_lora._files import CONFIG, WEIGHTS, Refused
 from graftage_lora._resolve import Resolver, is_lasting, is_plain, refused_adapter
-from graftage_lora._sources import (
-    COMMIT,
-    CONFIG,
-    HUB,
-    PICKLES,
-    WEIGHTS,
-    NotKnown,
-    name_problem,
-    parse,
-    refusal,
-    split_repository,
-)
+from graftage_lora._sources import COMMIT, HUB, PICKLES, NotKnown, name_problem, parse, refusal, split_repository
 from graftage_lora._write import atomic_file
 
 if TYPE_CHECKING:

@@ -16,14 +16,12 @@ from typing import Any, Final
 import numpy as np
 
 from graftage_lora._architectures import EMBEDDING, layer_of, module_name
-from graftage_lora._files import Refused
+from graftage_lora._files import CONFIG, WEIGHTS, Refused
 from graftage_lora._lora import Array, Lora, Part, even_scale
 
 __all__ = ["mlx", "peft"]
 
-CONFIG: Final = "adapter_config.json"
 IN_LAYER: Final = re.compile(r"(?:.*\.)?layers\.\d+\.(.+)")
-TYPES: Final = {2: "F16", 4: "F32"}
 
 
 def mlx(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
@@ -43,7 +41,7 @@ def mlx(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "num_layers": _last_layers(lora, metadata),
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
     }
-    return _folder("adapters.safetensors", tensors, config)
+    return _folder("mlx", tensors, config)
 
 
 def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
@@ -65,7 +63,7 @@ def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "lora_dropout": 0.0,
         "target_modules": sorted(module for module, *_ in parts),
     }
-    return _folder("adapter_model.safetensors", tensors, config)
+    return _folder("peft", tensors, config)
 
 
 def _even(lora: Lora, metadata: Mapping[str, object]) -> tuple[list[tuple[str, Array, Array, bool]], int, float]:
@@ -102,8 +100,8 @@ def _last_layers(lora: Lora, metadata: Mapping[str, object]) -> int:
     return count - lowest
 
 
-def _folder(weights: str, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, bytes]:
-    return {weights: _safetensors(tensors), CONFIG: json.dumps(config, indent=1, sort_keys=True).encode()}
+def _folder(layout: str, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, bytes]:
+    return {WEIGHTS[layout]: _safetensors(tensors), CONFIG: json.dumps(config, indent=1, sort_keys=True).encode()}
 
 
 def _safetensors(tensors: Mapping[str, Array]) -> bytes:
@@ -112,7 +110,7 @@ def _safetensors(tensors: Mapping[str, Array]) -> bytes:
     position = 0
     for name, data in sorted(tensors.items()):
         place = [position, position + data.nbytes]
-        table[name] = {"dtype": TYPES[data.dtype.itemsize], "shape": list(data.shape), "data_offsets": place}
+        table[name] = {"dtype": f"F{8 * data.dtype.itemsize}", "shape": list(data.shape), "data_offsets": place}
         position = place[1]
     head = json.dumps(table).encode()
     head += b" " * (-len(head) % 8)

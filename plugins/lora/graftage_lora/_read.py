@@ -33,9 +33,8 @@ from graftage_lora._lora import Array, Facts, Lora, Part, checked_scale
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["MAX_BYTES", "dequantize", "read"]
+__all__ = ["FLOATS", "dequantize", "read"]
 
-MAX_BYTES: Final = 2 << 30
 MAX_HEADER: Final = 4 << 20
 """The largest head of a safetensors file; 27,000 tensors fit."""
 MAX_TENSORS: Final = 65_536
@@ -48,7 +47,7 @@ Halves: TypeAlias = dict[str, dict[str, Array]]
 """The `a` and `b` of each tensor."""
 
 
-def read(files: Files, *, max_bytes: int = MAX_BYTES, leave_out_vision: bool = False) -> Lora:
+def read(files: Files, *, max_bytes: int, leave_out_vision: bool) -> Lora:
     """Read the adapter in some files, at most so many bytes; without what it changes in a tower, or refuse that.
 
     Raises:
@@ -230,7 +229,7 @@ def _entry_array(name: str, entry: Entry, data: memoryview) -> Array:
         raise Refused(f"{label} has the shape {str(shape)[:60]}; it must have two sides of at least 1", UNGATHERED)
     if shape[0] * shape[1] * np.dtype(FLOATS[kind]).itemsize != entry.end - entry.start:
         raise Refused(f"{label} has {entry.end - entry.start} bytes, which contradicts its shape {shape}")
-    return _array(name, data[entry.start : entry.end], FLOATS[kind], (shape[0], shape[1]))
+    return _array(name, kind, data[entry.start : entry.end]).reshape(shape)
 
 
 def _are_integers(value: object) -> bool:
@@ -293,19 +292,18 @@ def _gguf_halves(file: CheckedFile, header: Header) -> tuple[Halves, int]:
             continue
         if len(tensor.shape) != 2:
             raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; it must have 2")
-        array = _gguf_array(tensor, data[tensor.offset - header.data :][: tensor.size])
+        part = data[tensor.offset - header.data :][: tensor.size]
+        flat = (
+            _array(tensor.name, tensor.kind, part)
+            if tensor.kind in FLOATS
+            else _checked(tensor.name, dequantize(tensor, part))
+        )
+        array = flat.reshape(tensor.shape[::-1])
         if name == EMBEDDING:
             # llama.cpp looks up rows of A by token: A is stored transposed, in place of B.
             half, array = ("b", array) if half == "a" else ("a", array.T)
         _add(halves, name, half, array)
     return halves, skipped
-
-
-def _gguf_array(tensor: Tensor, data: memoryview) -> Array:
-    shape = (tensor.shape[1], tensor.shape[0])
-    if tensor.kind in FLOATS:
-        return _array(tensor.name, data, FLOATS[tensor.kind], shape)
-    return _finite_array(tensor.name, dequantize(tensor, data).reshape(shape))
 
 
 def _gguf_base(keys: Mapping[str, object]) -> str | None:
@@ -318,14 +316,14 @@ def _gguf_base(keys: Mapping[str, object]) -> str | None:
 # --- Both ------------------------------------------------------------------------------------------------------------
 
 
-def _array(name: str, data: memoryview, kind: str, shape: tuple[int, int]) -> Array:
-    array = np.frombuffer(data, kind).reshape(shape)
-    if kind == "<u2":  # BF16 is the upper half of an F32
+def _array(name: str, kind: str, data: memoryview) -> Array:
+    array = np.frombuffer(data, FLOATS[kind])
+    if kind == "BF16":  # The upper half of an F32.
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    return _finite_array(name, array)
+    return _checked(name, array)
 
 
-def _finite_array(name: str, array: Array) -> Array:
+def _checked(name: str, array: Array) -> Array:
     if not np.isfinite(array).all():
         raise Refused(f"the tensor `{name[:120]}` contains NaN or infinity")
     return array

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftage import gguf
 from graftage.settings import nearest
-from graftage_lora._files import CheckedFile, Files, Refused
+from graftage_lora._files import CONFIG, WEIGHTS, CheckedFile, Files, Refused
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
@@ -457,8 +457,6 @@ def _commit(folder: Path, revision: str) -> str:
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapters.npz", "pytorch_model.bin")
 PART: Final = re.compile(r"(adapter_model|adapters?)[-_]\d{1,5}-of-\d{1,5}\.(safetensors|bin)")
 MARK: Final = re.compile(r"adapter_config\.json|adapter_model\..+|adapters\.(safetensors|npz)|checkpoint-\d+")

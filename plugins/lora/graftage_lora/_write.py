@@ -31,7 +31,7 @@ from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPE
 from graftage_lora._architectures import ARCHITECTURES, EMBEDDING, is_placed, no_row, why_misplaced
 from graftage_lora._files import CheckedFile, Refused
 from graftage_lora._lora import Array, Lora, Part, even_scale
-from graftage_lora._read import dequantize
+from graftage_lora._read import FLOATS, dequantize
 
 if TYPE_CHECKING:
     from typing import IO
@@ -139,7 +139,6 @@ BLOCK: Final = 4 << 20
 """Numbers, or bytes of an untouched tensor, to process at once."""
 SPARE: Final = 64 << 20
 """Bytes to leave free on the disk."""
-FLOATS: Final = ("F32", "F16", "BF16")
 HALF_LIMIT: Final = 65504.0
 """The largest F16; Q8_0 multiplies it by up to 127."""
 FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
