@@ -301,6 +301,11 @@ class FileAdapter:
     parts: tuple[tuple[FileAdapter, float], ...] = field(default=(), repr=False)
     """The adapters that it is the sum of, each with its weight; empty if it is one."""
 
+    @property
+    def source(self) -> str:
+        """The source that found it."""
+        return self.found.source
+
     def mix(self, weight: float, others: Sequence[tuple[Adapter, float]]) -> FileAdapter:
         """Return one adapter that is exactly the sum of this one and others, each by its weight.
 
