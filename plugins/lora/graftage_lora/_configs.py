@@ -48,11 +48,7 @@ class Config:
 
 
 def read_config(files: Files) -> Config:
-    """Read and check the configuration beside the weights.
-
-    Raises:
-        Refused: it is missing, invalid, or of another kind.
-    """
+    """Read the configuration beside the weights; refuse it if it is missing, invalid, or of another kind."""
     found = _document(files)
     # Some converters write both vocabularies; each program reads its own, with the weights of its own name.
     mlx = "lora_parameters" in found or "fine_tune_type" in found

@@ -50,11 +50,7 @@ class Files:
     """The folder that links must not leave."""
 
     def signature(self) -> tuple[tuple[int, ...], ...]:
-        """Return a value that changes when a file changes, as far as the file system shows.
-
-        Raises:
-            Refused: it cannot be read.
-        """
+        """Return a value that changes when a file changes, as far as the file system shows."""
         try:
             found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
         except OSError as error:
@@ -179,11 +175,7 @@ class CheckedFile:
 
 
 def read_head(file: CheckedFile, most: int = ADAPTER_HEAD) -> gguf.Header:
-    """Read the head of a GGUF file; the file is then at the end of the table of tensors.
-
-    Raises:
-        Refused: it breaks a rule or a bound of the format.
-    """
+    """Read the head of a GGUF file, up to the end of the table of tensors; refuse it if it breaks the format."""
     try:
         return gguf.read(file, file.size, most=most)
     except GgufError as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from graftage_lora._architectures import EMBEDDING, layer_of, module_name
 from graftage_lora._files import CONFIG, WEIGHTS, Refused
-from graftage_lora._lora import Array, Lora, Part, even_scale
+from graftage_lora._lora import Array, Lora, even_scale
 
 __all__ = ["mlx", "peft"]
 
@@ -76,18 +76,14 @@ def _even(lora: Lora, metadata: Mapping[str, object]) -> tuple[list[tuple[str, A
         a, b = part.a, even_scale(lora.original_rows(part, metadata), part.scale / scale)
         missing = rank - len(a)
         filled = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
-        found.append((_module(lora, part), *filled, part.tensor == EMBEDDING))
+        module = part.module or module_name(part.tensor, lora.facts.architecture)
+        if module is None:
+            raise Refused(
+                f"`{part.tensor[:120]}` of `{lora.facts.architecture}` has no certain name outside of GGUF",
+                "Use the adapter as its trainer wrote it.",
+            )
+        found.append((module, *filled, part.tensor == EMBEDDING))
     return found, rank, scale
-
-
-def _module(lora: Lora, part: Part) -> str:
-    module = part.module or module_name(part.tensor, lora.facts.architecture)
-    if module is None:
-        raise Refused(
-            f"`{part.tensor[:120]}` of `{lora.facts.architecture}` has no certain name outside of GGUF",
-            "Use the adapter as its trainer wrote it.",
-        )
-    return module
 
 
 def _last_layers(lora: Lora, metadata: Mapping[str, object]) -> int:

@@ -467,11 +467,7 @@ class ServedAdapter:
     served_as: str | None
 
     def gguf(self, *_: object, **__: object) -> NoReturn:
-        """Refuse: the adapter's file is not known.
-
-        Raises:
-            AdapterUnsupported: always.
-        """
+        """Raise `AdapterUnsupported`: the adapter's file is not known."""
         raise AdapterUnsupported(
             f"The adapter `{self.name}` is inside a model of the server, and its file is not known.",
             reference=self.name,

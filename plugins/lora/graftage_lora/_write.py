@@ -45,11 +45,7 @@ STALE: Final = 3600.0
 
 
 def encode(lora: Lora, metadata: Mapping[str, object]) -> bytes:
-    """Encode an adapter as GGUF for a base model with this metadata.
-
-    Raises:
-        Refused: a module has no known name in such a model.
-    """
+    """Encode an adapter as GGUF for a base model with this metadata; refuse modules without a known name there."""
     _check_placed(lora, metadata)
     alpha = Counter(part.scale * len(part.a) for part in lora.parts).most_common(1)[0][0]
     tensors: list[tuple[str, Array]] = []
