@@ -203,13 +203,7 @@ def no_row(architecture: str) -> str:
 
 
 def why_misplaced(module: str, tensor: str, row: Architecture) -> str | None:
-    """Return why GGUF files of an architecture have no place for a module; `None` if they may have one.
-
-    Args:
-        module: its clean name.
-        tensor: what `gguf_name` returns for it.
-        row: the architecture.
-    """
+    """Return why GGUF files of an architecture have no place for a module and its `gguf_name`; `None` if they may."""
     if tensor in (EMBEDDING, OUTPUT):
         return None
     match = TEXT.fullmatch(module)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from graftage_lora._files import CheckedFile, Files, Refused
+from graftage_lora._files import CONFIG, WEIGHTS, CheckedFile, Files, Refused
 from graftage_lora._lora import Targets
 from graftage_lora._patterns import Patterns
 
@@ -26,20 +26,14 @@ __all__ = [
     "is_finite",
     "parse_json",
     "read_config",
-    "stated_base",
 ]
 
 MAX_CONFIG: Final = 1 << 20
 MAX_RANK: Final = 1024
-MLX_WEIGHTS: Final = "adapters.safetensors"
 MAX_TOKEN: Final = 1 << 31
 MERGE: Final = "Merge it in its trainer (`merge_and_unload`), and use the result as the model."
 Scales: TypeAlias = Callable[[str, int], float]
-"""Returns the scale of a module, of which it is given the name and the rank.
-
-Raises:
-    Refused: the rank is another one than the configuration states.
-"""
+"""Returns the scale of a module by name and rank; refuses another rank than the configuration states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +48,11 @@ class Config:
 
 
 def read_config(files: Files) -> Config:
-    """Read and check the configuration beside the weights.
-
-    Raises:
-        Refused: it is missing, invalid, or of another kind.
-    """
+    """Read the configuration beside the weights; refuse it if it is missing, invalid, or of another kind."""
     found = _document(files)
     # Some converters write both vocabularies; each program reads its own, with the weights of its own name.
-    both = "peft_type" in found and "lora_parameters" in found
-    if "peft_type" in found and not (both and files.weights.name == MLX_WEIGHTS):
+    mlx = "lora_parameters" in found or "fine_tune_type" in found
+    if "peft_type" in found and not (mlx and files.weights.name == WEIGHTS["mlx"]):
         _check_peft(found)
         return Config(
             layout="peft",
@@ -71,7 +61,7 @@ def read_config(files: Files) -> Config:
             invocation=invocation_tokens(found.get("alora_invocation_tokens")),
             targets=_peft_targets(found),
         )
-    if "lora_parameters" in found or "fine_tune_type" in found:
+    if mlx:
         parameters = _mlx_parameters(found)
         return Config(
             layout="mlx",
@@ -82,65 +72,41 @@ def read_config(files: Files) -> Config:
     raise Refused("its configuration is neither PEFT's (`peft_type`) nor mlx-lm's (`lora_parameters`)")
 
 
-def stated_base(files: Files) -> str | None:
-    """Return the base model that a configuration names.
-
-    Raises:
-        Refused: it cannot be read.
-    """
-    return _base(_document(files))
-
-
 def _base(config: Mapping[str, object]) -> str | None:
-    return _text(config, "base_model_name_or_path") or _text(config, "model")
+    stated = (config.get(key) for key in ("base_model_name_or_path", "model"))
+    return next((each for each in stated if isinstance(each, str) and each), None)
 
 
 def _document(files: Files) -> dict[str, Any]:
     if files.config is None or not files.config.exists():
-        raise Refused("`adapter_config.json` with the scale is missing", "Put it beside the weights.")
+        raise Refused(f"`{CONFIG}` with the scale is missing", "Put it beside the weights.")
     with CheckedFile(files.config, within=files.within, limit=MAX_CONFIG) as file:
         return parse_json(bytes(file.rest()).removeprefix(codecs.BOM_UTF8), f"`{file.name}`")
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object in strict JSON.
+    """Parse an object in strict JSON, or refuse it."""
 
-    Raises:
-        Refused: it is something else.
-    """
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise Refused(f"{what} cannot be read: it has a key twice")
+        return table
+
+    def no_constant(name: str) -> Any:
+        raise Refused(f"{what} cannot be read: it contains {name}")
+
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _JsonRule) else "it is not valid JSON"
-        raise Refused(f"{what} cannot be read: {reason}") from None
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError):
+        raise Refused(f"{what} cannot be read: it is not valid JSON") from None
     if not isinstance(found, dict):
         raise Refused(f"{what} is not a JSON object")
     return found
 
 
-class _JsonRule(ValueError):
-    """JSON that is valid and not accepted."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _JsonRule("it has a key twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise _JsonRule(f"it contains {name}")
-
-
-def _text(config: Mapping[str, object], key: str) -> str | None:
-    found = config.get(key)
-    return found if isinstance(found, str) and found else None
-
-
-def _number(config: Mapping[str, object], key: str) -> float:
+def _number(value: object, key: str) -> float:
     """Return a finite number other than 0: a scale of 0 would change nothing."""
-    value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not is_finite(value):
         raise Refused(f"`{key}` must be a finite number other than 0, not {str(value)[:40]}")
     return float(value)
@@ -168,11 +134,7 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def invocation_tokens(value: object) -> tuple[int, ...]:
-    """Return the tokens after which an activated LoRA acts.
-
-    Raises:
-        Refused: they are not a list of token numbers.
-    """
+    """Return the tokens after which an activated LoRA acts; refuse what is not a list of token numbers."""
     if not value:
         return ()
     tokens = tuple(value) if isinstance(value, (list, tuple)) else (-1,)
@@ -228,9 +190,9 @@ def _peft_scales(config: Mapping[str, object]) -> Scales:
     """
     ranks = {_rank(config.get("r"), "r")}
     ranks.update(_rank(value, "rank_pattern") for value in _pattern(config, "rank_pattern").values())
-    alpha = _number(config, "lora_alpha")
+    alpha = _number(config.get("lora_alpha"), "lora_alpha")
     pattern = _pattern(config, "alpha_pattern")
-    alphas = Patterns({key: _number({"alpha_pattern": each}, "alpha_pattern") for key, each in pattern.items()})
+    alphas = Patterns({key: _number(each, "alpha_pattern") for key, each in pattern.items()})
     stabilised = bool(config.get("use_rslora"))
 
     def scale(module: str, rank: int) -> float:
@@ -258,10 +220,8 @@ def _peft_targets(config: Mapping[str, object]) -> Targets | None:
     names, layers = _names(config.get("target_modules")), config.get("layers_to_transform")
     if not names or config.get("exclude_modules"):
         return None
-    if layers is None or layers == []:
-        return Targets(names=names)
     numbers = layers if isinstance(layers, list) else [layers]
-    return Targets(names=names, layers=tuple(each for each in numbers if isinstance(each, int)))
+    return Targets(names=names, layers=tuple(each for each in numbers if isinstance(each, int)) or None)
 
 
 # --- mlx-lm ----------------------------------------------------------------------------------------------------------
@@ -284,7 +244,7 @@ def _mlx_scales(config: Mapping[str, object], parameters: Mapping[str, Any]) -> 
     `alpha` from old instructions, and ignore it.
     """
     rank = _rank(parameters["rank"], "rank") if "rank" in parameters else None
-    scale = _number(parameters, "scale")
+    scale = _number(parameters.get("scale"), "scale")
     if "num_layers" not in config and parameters.get("alpha", rank) != rank:
         raise Refused(
             "`lora_parameters` have an `alpha`, whose meaning depends on the release of mlx-lm",
@@ -303,4 +263,4 @@ def _mlx_targets(config: Mapping[str, object], parameters: Mapping[str, Any]) ->
     last = config.get("num_layers", config.get("lora_layers"))
     if type(last) is not int:
         return None
-    return Targets(names=_names(parameters.get("keys")), last=last if last > 0 else None)
+    return Targets(names=_names(parameters.get("keys")), layers=range(-last, 0) if last > 0 else None)

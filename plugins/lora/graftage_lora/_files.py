@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["CheckedFile", "Files", "Refused", "read_head"]
+__all__ = ["CONFIG", "WEIGHTS", "CheckedFile", "Files", "Refused", "read_head"]
 
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 ADAPTER_HEAD: Final = 1 << 22
 """The largest head of an adapter in bytes: adapters have no vocabulary."""
 # Without O_NONBLOCK, opening a named pipe would wait forever for its other end. The path is resolved before it is
@@ -49,7 +51,10 @@ class Files:
 
     def signature(self) -> tuple[tuple[int, ...], ...]:
         """Return a value that changes when a file changes, as far as the file system shows."""
-        found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
+        try:
+            found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
+        except OSError as error:
+            raise Refused(f"it cannot be read: {error.strerror}") from None
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
@@ -170,11 +175,7 @@ class CheckedFile:
 
 
 def read_head(file: CheckedFile, most: int = ADAPTER_HEAD) -> gguf.Header:
-    """Read the head of a GGUF file; the file is then at the end of the table of tensors.
-
-    Raises:
-        Refused: it breaks a rule or a bound of the format.
-    """
+    """Read the head of a GGUF file, up to the end of the table of tensors; refuse it if it breaks the format."""
     try:
         return gguf.read(file, file.size, most=most)
     except GgufError as error:

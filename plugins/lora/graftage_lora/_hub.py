@@ -9,28 +9,17 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from graftage.exceptions import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnsupported, GraftageError
 from graftage.types import AdapterInfo, PullProgress
-from graftage_lora._files import Refused
-from graftage_lora._resolve import Resolver, invalid_adapter, is_lasting, is_plain, usable
-from graftage_lora._sources import (
-    COMMIT,
-    CONFIG,
-    HUB,
-    PICKLES,
-    WEIGHTS,
-    NotKnown,
-    name_problem,
-    parse,
-    split_repository,
-)
-from graftage_lora._write import write_atomically
+from graftage_lora._files import CONFIG, WEIGHTS, Refused
+from graftage_lora._resolve import Resolver, is_lasting, is_plain, refused_adapter
+from graftage_lora._sources import COMMIT, HUB, PICKLES, NotKnown, name_problem, parse, refusal, split_repository
+from graftage_lora._write import atomic_file
 
 if TYPE_CHECKING:
     from graftage.calls import Call, PullAdapterRequest
@@ -60,7 +49,8 @@ def pull(request: PullAdapterRequest, resolver: Resolver) -> AdapterInfo | None:
         if not reference.startswith(HUB):
             return None
         raise AdapterNotFound(f"The adapter `{ascii(reference)[1:-1][:200]}` was not found: {reason}.") from None
-    name = request.name or default_name(repository, revision)
+    tagged = f"{repository}@{revision}" if revision else repository
+    name = request.name or (tagged if name_problem(tagged) is None and is_plain(tagged) else repository)
     if problem := name_problem(name) or (None if is_plain(name) else "its end looks like a digest"):
         raise AdapterInvalid(f"`{ascii(name)[1:-1][:200]}` cannot be a name: {problem}.", hint="Give another `name`.")
     label = f"{owner}/{repository}"
@@ -68,15 +58,9 @@ def pull(request: PullAdapterRequest, resolver: Resolver) -> AdapterInfo | None:
         commit = _Download(label, revision, resolver.settings, request.call).run()
         found = _bind(resolver, request, name, f"{HUB}{label}@{commit}", revision)
     except Refused as error:
-        raise invalid_adapter(reference, error) from None
+        raise refused_adapter(reference, error, AdapterInvalid) from None
     request.call.emit("progress", progress=PullProgress(status="success", digest=found.digest))
     return found
-
-
-def default_name(repository: str, revision: str) -> str:
-    """Return the name of a repository, with its tag or branch if one was asked for: `style@v1.2`."""
-    name = f"{repository}@{revision}"
-    return name if revision and name_problem(name) is None and is_plain(name) else repository
 
 
 # --- Downloading -----------------------------------------------------------------------------------------------------
@@ -96,7 +80,7 @@ class _Download:
 
     def run(self) -> str:
         """Download the files into the library's cache, and return their commit."""
-        with self._translate_errors():
+        try:
             commit, sizes = self._inspect()
             files = needed(list(sizes))
             total = sum(sizes[each] for each in files)
@@ -107,6 +91,12 @@ class _Download:
             for each in files:
                 self._fetch(each, commit, done, sizes[each], total)
                 done += sizes[each]
+        except (GraftageError, Refused):
+            raise
+        except Exception as error:  # noqa: BLE001 - the library has those of several HTTP libraries
+            # Their words may contain addresses with a signature.
+            late = time.monotonic() >= self._call.deadline
+            raise (self._call.timed_out() if late else self._error(error)) from None
         return commit
 
     def _inspect(self) -> tuple[str, dict[str, int]]:
@@ -163,43 +153,30 @@ class _Download:
     def _report(self, status: str, total: int | None = None, completed: int | None = None) -> None:
         self._call.emit("progress", progress=PullProgress(status=status, total=total, completed=completed))
 
-    @contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """Translate the errors of the library, whose words may contain addresses with a signature."""
-        try:
-            yield
-        except (GraftageError, Refused):
-            raise
-        except Exception as error:  # noqa: BLE001 - it has those of several HTTP libraries
-            late = time.monotonic() >= self._call.deadline
-            raise (self._call.timed_out() if late else self._error(error)) from None
-
     def _error(self, error: Exception) -> AdapterError:
-        """Return the typed error for one of the library's, by class name: the classes move between releases."""
-        names = {each.__name__ for each in type(error).__mro__}
+        """Return the typed error for one of the library's, which also raises those of its HTTP library."""
+        kinds, where = self._hub.errors, f"`{self.label}`"
         status = getattr(getattr(error, "response", None), "status_code", None)
-        where = f"`{self.label}`"
-        if isinstance(error, OSError) and error.errno and "HTTPError" not in names and "ConnectionError" not in names:
-            return AdapterError(f"{where} cannot be written to {self._settings.hub}: {error.strerror}.")
-        if "GatedRepoError" in names:
+        kind, words = AdapterError, f"The download of {where} failed ({type(error).__name__})."
+        hint = "Check the network and HF_ENDPOINT."
+        if isinstance(error, kinds.GatedRepoError):
             address = f"{self._endpoint or 'https://huggingface.co'}/{self.label}"
-            return AdapterError(f"{where} is gated.", hint=f"Ask for access at {address}, then {LOGIN}.")
-        if "RepositoryNotFoundError" in names or "HFValidationError" in names:
+            words, hint = f"{where} is gated.", f"Ask for access at {address}, then {LOGIN}."
+        elif isinstance(error, (kinds.RepositoryNotFoundError, kinds.HFValidationError)):
+            kind, words = AdapterNotFound, f"The hub has no repository {where}, or it is private."
             hint = f"Check its name. If it is private, {LOGIN}."
-            return AdapterNotFound(f"The hub has no repository {where}, or it is private.", hint=hint)
-        if "RevisionNotFoundError" in names:
+        elif isinstance(error, kinds.RevisionNotFoundError):
+            kind, words = AdapterNotFound, f"{where} has no revision `{self.revision}`."
             hint = "Check the branch, tag or commit; without one, `main` is downloaded."
-            return AdapterNotFound(f"{where} has no revision `{self.revision}`.", hint=hint)
-        if "OfflineModeIsEnabled" in names:
-            return AdapterError("The library of the hub is offline.", hint="Unset HF_HUB_OFFLINE to download.")
-        if status in (401, 403):
-            return AdapterError(f"The hub denies access to {where} ({status}).", hint=f"Check access, or {LOGIN}.")
-        if isinstance(status, int):
-            hint = "Try again later." if status != 429 else f"Try again later, or {LOGIN}."
-            return AdapterError(f"The hub answered {status} for {where}.", hint=hint)
-        return AdapterError(
-            f"The download of {where} failed ({type(error).__name__}).", hint="Check the network and HF_ENDPOINT."
-        )
+        elif isinstance(error, kinds.OfflineModeIsEnabled):
+            words, hint = "The library of the hub is offline.", "Unset HF_HUB_OFFLINE to download."
+        elif status in (401, 403):
+            words, hint = f"The hub denies access to {where} ({status}).", f"Check access, or {LOGIN}."
+        elif status is not None:
+            words, hint = f"The hub answered {status} for {where}.", f"Try again later, or {LOGIN}."
+        elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            words, hint = f"{where} cannot be written to {self._settings.hub}: {error.strerror}.", ""
+        return kind(words, hint=hint or None)
 
 
 def _library() -> Any:
@@ -216,15 +193,10 @@ def _library() -> Any:
 
 
 def needed(names: list[str]) -> tuple[str, ...]:
-    """Return the files of a repository that its adapter consists of.
-
-    Raises:
-        Refused: it has no adapter, or several.
-    """
-    if CONFIG in names:
-        for weights in WEIGHTS.values():
-            if weights in names:
-                return CONFIG, weights
+    """Return the files of a repository that its only adapter consists of."""
+    weights = [each for each in WEIGHTS.values() if each in names]
+    if CONFIG in names and weights:
+        return CONFIG, weights[0]
     files = sorted(each for each in names if re.fullmatch(r"[\w][\w.+ -]*\.gguf", each))
     if len(files) == 1:
         return (files[0],)
@@ -244,16 +216,11 @@ def _shown(names: list[str]) -> str:
 
 
 def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference: str, revision: str) -> AdapterInfo:
-    """Check what was downloaded, and bind the name to it in the user's registry.
-
-    Raises:
-        Refused: it cannot be used.
-        AdapterError: the name means something else, or the registry cannot be written.
-    """
+    """Check what was downloaded, and bind the name to it in the user's registry."""
     from filelock import FileLock
 
     (found,), _ = resolver.candidates(parse(reference))
-    facts, digest = resolver.facts(usable(found), None)
+    facts, digest = resolver.facts(found, None)
     pin = digest if is_lasting(facts, None) else f"sha256:{facts.sha256}"
     entry = {"path": reference, "digest": pin}
     if revision and not COMMIT.fullmatch(revision):
@@ -271,8 +238,8 @@ def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference:
                 )
             _write(registry, name, entry)
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise AdapterError(f"{registry} cannot be read and written: {what}.", hint="Fix it or move it away.") from None
+        reason = f"{registry} cannot be read and written: {refusal(error)}."
+        raise AdapterError(reason, hint="Fix it or move it away.") from None
     (found,), _ = resolver.candidates(parse(name))
     return replace(resolver.info(found, None, settled=True), verdict=None)
 
@@ -281,7 +248,7 @@ def _is_same(resolver: Resolver, name: str, digest: str) -> bool | None:
     """Return whether a name means the adapter with this digest; `None` if it means nothing yet."""
     try:
         found, _ = resolver.candidates(parse(name))
-        return all(resolver.facts(usable(each), None)[1] == digest for each in found) if found else None
+        return all(resolver.facts(each, None)[1] == digest for each in found) if found else None
     except Refused:
         return False
 
@@ -294,4 +261,5 @@ def _write(registry: Path, name: str, entry: Mapping[str, str]) -> None:
     table = tomlkit.table()
     table.update(entry)
     document[name] = table
-    write_atomically(registry, lambda file: file.write(tomlkit.dumps(document).encode()))
+    with atomic_file(registry) as file:
+        file.write(tomlkit.dumps(document).encode())

@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 
 from graftage_lora._architectures import EMBEDDING, layer_of, module_name
-from graftage_lora._files import Refused
-from graftage_lora._lora import Array, Lora, Part, even_scale
+from graftage_lora._files import CONFIG, WEIGHTS, Refused
+from graftage_lora._lora import Array, Lora, even_scale
 
 __all__ = ["mlx", "peft"]
 
-CONFIG: Final = "adapter_config.json"
 IN_LAYER: Final = re.compile(r"(?:.*\.)?layers\.\d+\.(.+)")
-TYPES: Final = {2: "F16", 4: "F32"}
 
 
 def mlx(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
@@ -43,15 +41,11 @@ def mlx(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "num_layers": _last_layers(lora, metadata),
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
     }
-    return {"adapters.safetensors": _safetensors(tensors), CONFIG: _json(config)}
+    return _folder("mlx", tensors, config)
 
 
 def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
-    """Encode an adapter in PEFT's layout, for a base model with this metadata; return the files by name.
-
-    Raises:
-        Refused: the layout cannot hold it.
-    """
+    """Encode an adapter in PEFT's layout, as `mlx` does."""
     parts, rank, scale = _even(lora, metadata)
     tensors: dict[str, Array] = {}
     for module, a, b, embeds in parts:
@@ -69,7 +63,7 @@ def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "lora_dropout": 0.0,
         "target_modules": sorted(module for module, *_ in parts),
     }
-    return {"adapter_model.safetensors": _safetensors(tensors), CONFIG: _json(config)}
+    return _folder("peft", tensors, config)
 
 
 def _even(lora: Lora, metadata: Mapping[str, object]) -> tuple[list[tuple[str, Array, Array, bool]], int, float]:
@@ -82,18 +76,14 @@ def _even(lora: Lora, metadata: Mapping[str, object]) -> tuple[list[tuple[str, A
         a, b = part.a, even_scale(lora.original_rows(part, metadata), part.scale / scale)
         missing = rank - len(a)
         filled = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
-        found.append((_module(lora, part), *filled, part.tensor == EMBEDDING))
+        module = part.module or module_name(part.tensor, lora.facts.architecture)
+        if module is None:
+            raise Refused(
+                f"`{part.tensor[:120]}` of `{lora.facts.architecture}` has no certain name outside of GGUF",
+                "Use the adapter as its trainer wrote it.",
+            )
+        found.append((module, *filled, part.tensor == EMBEDDING))
     return found, rank, scale
-
-
-def _module(lora: Lora, part: Part) -> str:
-    module = part.module or module_name(part.tensor, lora.facts.architecture)
-    if module is None:
-        raise Refused(
-            f"`{part.tensor[:120]}` of `{lora.facts.architecture}` has no certain name outside of GGUF",
-            "Use the adapter as its trainer wrote it.",
-        )
-    return module
 
 
 def _last_layers(lora: Lora, metadata: Mapping[str, object]) -> int:
@@ -106,24 +96,18 @@ def _last_layers(lora: Lora, metadata: Mapping[str, object]) -> int:
     return count - lowest
 
 
-def _json(config: Mapping[str, Any]) -> bytes:
-    return json.dumps(config, indent=1, sort_keys=True).encode()
+def _folder(layout: str, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, bytes]:
+    return {WEIGHTS[layout]: _safetensors(tensors), CONFIG: json.dumps(config, indent=1, sort_keys=True).encode()}
 
 
 def _safetensors(tensors: Mapping[str, Array]) -> bytes:
     """Encode arrays of F16 and F32 as safetensors."""
-    return b"".join(_pieces(tensors))
-
-
-def _pieces(tensors: Mapping[str, Array]) -> Iterator[bytes]:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, data in sorted(tensors.items()):
         place = [position, position + data.nbytes]
-        table[name] = {"dtype": TYPES[data.dtype.itemsize], "shape": list(data.shape), "data_offsets": place}
+        table[name] = {"dtype": f"F{8 * data.dtype.itemsize}", "shape": list(data.shape), "data_offsets": place}
         position = place[1]
     head = json.dumps(table).encode()
     head += b" " * (-len(head) % 8)
-    yield struct.pack("<Q", len(head)) + head
-    for _, data in sorted(tensors.items()):
-        yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
+    return b"".join((struct.pack("<Q", len(head)), head, *(data.tobytes() for _, data in sorted(tensors.items()))))

@@ -4,14 +4,8 @@ An adapter changes a weight W to W + scale * B @ A. Weights have their GGUF name
 B keep the order of the layout that they were read from until `rows` reorders them.
 
 The verdict says whether an adapter can be loaded, not whether it makes sense: all derivatives of one model look alike,
-and names are only hints. What is compared:
-
-    architecture      a GGUF adapter's with the base model's                  different: incompatible
-    layers            the highest one with `block_count`                      beyond: incompatible
-    shapes            inputs and outputs of each part with the tensor's       different: incompatible
-    tensors           each part's with the base model's                       missing: incompatible; fused: unsupported
-    modules           with the table of architectures, if the base is GGUF    without a place: unsupported
-    vocabulary        rows of the embedding and the output                    different, or both tied: incompatible
+and names are only hints. It compares layers, shapes, tensors and vocabulary of the base model, and the places of
+modules in its architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -47,7 +41,20 @@ if TYPE_CHECKING:
 
     from graftage.types import ModelInfo
 
-__all__ = ["Array", "Facts", "Lora", "Part", "Shape", "Targets", "checked_scale", "even_scale", "head_count", "judge"]
+__all__ = [
+    "STATUSES",
+    "Array",
+    "Facts",
+    "Lora",
+    "Part",
+    "Shape",
+    "Targets",
+    "checked_scale",
+    "even_scale",
+    "head_count",
+    "is_reordered",
+    "judge",
+]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -97,11 +104,7 @@ def even_scale(rows: Array, factor: float) -> Array:
 
 
 def checked_scale(scale: float) -> float:
-    """Check that a scale is plausible, and return it.
-
-    Raises:
-        Refused: it is outside `SCALES`.
-    """
+    """Return a scale, or refuse one outside of `SCALES`."""
     if not SCALES[0] <= abs(scale) <= SCALES[1]:
         raise Refused(f"its scale is {scale:g}; it must be from {SCALES[0]:g} to {SCALES[1]:g}")
     return scale
@@ -135,8 +138,7 @@ class Part:
     @property
     def shape(self) -> Shape:
         """The part without its weights."""
-        (rank, inputs), outputs = self.a.shape, len(self.b)
-        sides = {"inputs": inputs, "outputs": outputs, "rank": rank}
+        sides = {"inputs": self.a.shape[1], "outputs": len(self.b), "rank": len(self.a)}
         return Shape(tensor=self.tensor, **sides, scale=self.scale, module=self.module)
 
 
@@ -146,10 +148,8 @@ class Targets:
 
     names: tuple[str, ...]
     """Ends of their names in training tools; if empty, the kinds that the adapter has."""
-    layers: tuple[int, ...] | None = None
-    """Only these layers."""
-    last: int | None = None
-    """Only so many of the last layers."""
+    layers: tuple[int, ...] | range | None = None
+    """Only these layers; negative numbers count from the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,33 +185,19 @@ class Lora:
     """Sorted by tensor."""
 
     def scaled(self, scale: float) -> Lora:
-        """Return the adapter with one scale for all its parts.
-
-        Raises:
-            Refused: the scale is not plausible.
-        """
-        checked_scale(scale)
-        shapes = tuple(replace(each, scale=scale) for each in self.facts.shapes)
-        parts = tuple(replace(each, scale=scale) for each in self.parts)
-        return Lora(facts=replace(self.facts, shapes=shapes), parts=parts)
+        """Return the adapter with one plausible scale for all its parts."""
+        parts = tuple(replace(each, scale=checked_scale(scale)) for each in self.parts)
+        return Lora(facts=replace(self.facts, shapes=tuple(each.shape for each in parts)), parts=parts)
 
     def rows(self, part: Part, metadata: Mapping[str, Any]) -> Array:
-        """Return B with its rows in the order of a GGUF base model with this metadata.
-
-        Raises:
-            Refused: the metadata lacks the number of heads.
-        """
+        """Return B with its rows in the order of a GGUF base model; refuse metadata without the number of heads."""
         stated = metadata.get("general.architecture")
         if self.facts.layout == "gguf" or not is_reordered(stated, part.tensor):
             return part.b
         return reorder(part.b, _heads_of(part, metadata))
 
     def original_rows(self, part: Part, metadata: Mapping[str, object]) -> Array:
-        """Return B with its rows in the order of the original weights.
-
-        Raises:
-            Refused: they have GGUF's order, and the base model's metadata lacks the number of heads.
-        """
+        """Return B with its rows in the order of the original weights; `rows` backwards."""
         if self.facts.layout != "gguf" or not is_reordered(self.facts.architecture, part.tensor):
             return part.b
         return restore(part.b, _heads_of(part, metadata))
@@ -247,8 +233,10 @@ def _heads_of(part: Part, metadata: Mapping[str, object]) -> int:
 # --- The verdict -----------------------------------------------------------------------------------------------------
 
 
-Finding: TypeAlias = "tuple[Literal['contradiction', 'obstacle', 'gap'], str]"
-"""What is wrong with a part (without its layer), what prevents its conversion, or what is not known."""
+STATUSES: Final = ("incompatible", "unsupported", "unknown")
+"""The statuses of findings, from the gravest on: a contradiction, what prevents a conversion, what is not known."""
+Finding: TypeAlias = "tuple[Literal['incompatible', 'unsupported', 'unknown'], str]"
+"""What is wrong with an adapter, or with a part of it (without its layer)."""
 REPLACED: Final[Mapping[str, tuple[str, ...]]] = {
     "attn_q": ("attn_qkv",),
     "attn_k": ("attn_qkv",),
@@ -261,30 +249,17 @@ REPLACED: Final[Mapping[str, tuple[str, ...]]] = {
 """Tensors that some models have instead, which may hold a tensor fused with others."""
 
 
-STATUSES: Final[Mapping[str, Literal["incompatible", "unsupported", "unknown"]]] = {
-    "contradiction": "incompatible",
-    "obstacle": "unsupported",
-    "gap": "unknown",
-}
-"""What the gravest finding makes of the verdict, from the gravest on."""
-
-
 def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None) -> Verdict:
-    """Judge whether an adapter fits a base model, with all reasons.
-
-    Args:
-        facts: the adapter.
-        base: what is known of the base model.
-        meant_for: the base model that the adapter's registry names.
-    """
+    """Judge whether an adapter fits a base model, with all reasons; `meant_for` is what its registry names."""
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
         reason = "the provider does not report the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
     warnings = (*facts.warnings, *name_warnings((facts.base_model, meant_for), base), *_check_targets(facts, base))
     found = [*_check_architecture(facts, base), *_check_layers(facts, base)]
-    for kind, status in STATUSES.items():
-        if reasons := tuple(reason for each, reason in found if each == kind):
-            return Verdict(status=status, reasons=reasons, warnings=warnings)
+    if found:
+        status = min((each for each, _ in found), key=STATUSES.index)
+        reasons = tuple(reason for each, reason in found if each == status)
+        return Verdict(status=status, reasons=reasons, warnings=warnings)
     return Verdict(status="compatible", warnings=warnings)
 
 
@@ -297,29 +272,28 @@ def _check_targets(facts: Facts, base: ModelInfo) -> Iterator[str]:
     own = {shape.tensor for shape in facts.shapes}
     expected = set(_expected(facts.targets, own, base.tensors, row, count))
     if missing := sorted(expected - own, key=lambda each: (layer_of(each) or 0, each)):
-        first = f"`{kind_of(missing[0])}`{_span([-1 if (at := layer_of(missing[0])) is None else at])}"
         yield (
             f"The adapter may have been saved partly: of the {len(expected)} modules that its configuration names in"
-            f" the base model, {len(missing)} are missing, the first is {first}."
+            f" the base model, {len(missing)} are missing, the first is `{kind_of(missing[0])}`"
+            f"{_span([layer_of(missing[0])])}."
         )
 
 
 def _expected(
     targets: Targets, own: Collection[str], tensors: Iterable[str], row: Architecture, count: int
 ) -> Iterator[str]:
-    """Yield the base model's tensors that an adapter should change."""
+    """Yield the base model's tensors in layers that an adapter should change."""
     modules = {kind: module for module, kind in row.modules.items()}
-    kinds, names = {kind_of(each) for each in own}, set(targets.names)
-    whole = {gguf_name(each) for each in names}
+    kinds, names = set(map(kind_of, own)), {*targets.names, *map(gguf_name, targets.names)}
     for tensor in tensors:
         layer, kind = layer_of(tensor), kind_of(tensor)
         if layer is None or kind not in modules:
             continue
+        if targets.layers is not None and layer not in targets.layers and layer - count not in targets.layers:
+            continue
         parts = f"layers.{layer}.{modules[kind]}".split(".")
         ends = (".".join(parts[at:]) for at in range(len(parts)))
-        within = targets.layers is None or layer in targets.layers
-        named = not names.isdisjoint(ends) if names else kind in kinds
-        if tensor in whole or (named and within and layer >= count - (targets.last or count)):
+        if not names.isdisjoint((tensor, *ends)) if names else kind in kinds:
             yield tensor
 
 
@@ -332,38 +306,31 @@ def _is_gguf(base: ModelInfo) -> bool:
 def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     architecture = str(base.metadata["general.architecture"])
     if facts.architecture is not None and facts.architecture != architecture:
-        yield (
-            "contradiction",
-            f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
-        )
+        reason = f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`"
+        yield "incompatible", reason
     if architecture in ARCHITECTURES:
         return
     if facts.layout != "gguf" and _is_gguf(base):
-        yield "obstacle", no_row(architecture)
+        yield "unsupported", no_row(architecture)
     elif base.tensors is None:
-        yield "gap", f"the shapes of the architecture `{architecture[:40]}` are not known"
+        yield "unknown", f"the shapes of the architecture `{architecture[:40]}` are not known"
 
 
 def _check_layers(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     """Yield one finding for all layers that share it."""
-    layers: dict[tuple[Finding, str], list[int]] = defaultdict(list)
+    layers: dict[tuple[Finding, str], list[int | None]] = defaultdict(list)
     for shape in facts.shapes:
+        label = kind_of(shape.tensor) if is_placed(shape.tensor) else re.sub(r"\d+", "N", shape.tensor[:120])
         for finding in _check_part(shape, facts, base):
-            layer = layer_of(shape.tensor)
-            layers[finding, _label(shape.tensor)].append(-1 if layer is None else layer)
-    for ((kind, text), tensor), found in layers.items():
-        yield kind, f"`{tensor}`{_span(sorted(found))} {text}"
+            layers[finding, label].append(layer_of(shape.tensor))
+    for ((status, text), label), found in layers.items():
+        yield status, f"`{label}`{_span(found)} {text}"
 
 
-def _label(tensor: str) -> str:
-    return kind_of(tensor) if is_placed(tensor) else re.sub(r"\d+", "N", tensor[:120])
-
-
-def _span(layers: list[int]) -> str:
-    if layers[0] < 0:
-        return ""
-    if len(layers) == 1:
-        return f" of layer {layers[0]}"
+def _span(found: list[int | None]) -> str:
+    layers = sorted(each for each in found if each is not None)
+    if len(layers) < 2:
+        return f" of layer {layers[0]}" if layers else ""
     whole = layers == list(range(layers[0], layers[-1] + 1))
     return f" of the {len(layers)} layers from {layers[0]} to {layers[-1]}" if whole else f" of {len(layers)} layers"
 
@@ -372,16 +339,14 @@ def _check_part(shape: Shape, facts: Facts, base: ModelInfo) -> Iterator[Finding
     metadata, layer = base.metadata, layer_of(shape.tensor)
     count = metadata.get(f"{metadata['general.architecture']}.block_count")
     if layer is not None and isinstance(count, int) and layer >= count:
-        yield "contradiction", f"is beyond the base model's {count} layers"
+        yield "incompatible", f"is beyond the base model's {count} layers"
         return
-    place = _check_place(shape, facts, base)
-    if place is not None:
+    if place := _check_place(shape, facts, base):
         yield place
         return
-    yield from _check_ends(shape, base)
     yield from _check_shape(shape, base)
     if is_reordered(metadata["general.architecture"], shape.tensor) and head_count(metadata, shape.tensor) is None:
-        yield "gap", "cannot be reordered: the number of heads is not known"
+        yield "unknown", "cannot be reordered: the number of heads is not known"
 
 
 def _check_place(shape: Shape, facts: Facts, base: ModelInfo) -> Finding | None:
@@ -389,45 +354,44 @@ def _check_place(shape: Shape, facts: Facts, base: ModelInfo) -> Finding | None:
     row = ARCHITECTURES.get(str(base.metadata["general.architecture"]))
     if not _is_gguf(base):
         if not shape.module and module_name(shape.tensor, facts.architecture) is None:
-            return "obstacle", "has no certain name outside of GGUF: use the adapter as its trainer wrote it"
+            return "unsupported", "has no certain name outside of GGUF: use the adapter as its trainer wrote it"
     elif shape.module and row and (why := why_misplaced(shape.module, shape.tensor, row)):
-        return "obstacle", why
-    return None if is_placed(shape.tensor) else ("gap", "is not a known module")
-
-
-def _check_ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
-    if shape.tensor not in (EMBEDDING, OUTPUT):
-        return
-    if base.tensors is None:
-        yield "gap", "may be tied to another tensor: the base model's tensors are not known"
-    elif OUTPUT not in base.tensors:
-        yield "contradiction", "cannot be changed alone: the base model's embedding and output are tied"
+        return "unsupported", why
+    return None if is_placed(shape.tensor) else ("unknown", "is not a known module")
 
 
 def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
-    if base.tensors is not None and shape.tensor not in base.tensors:
-        if shape.tensor != OUTPUT:  # `_check_ends` has reported it.
-            yield _missing_tensor(shape, base.tensors)
+    tensor, kind, tensors = shape.tensor, kind_of(shape.tensor), base.tensors
+    at_end = tensor in (EMBEDDING, OUTPUT)
+    if tensors is None:
+        if at_end:
+            yield "unknown", "may be tied to another tensor: the base model's tensors are not known"
+        if base.metadata["general.architecture"] not in ARCHITECTURES:
+            return  # `_check_architecture` has reported it.
+    elif at_end and OUTPUT not in tensors:
+        yield "incompatible", "cannot be changed alone: the base model's embedding and output are tied"
+        if tensor == OUTPUT:
+            return
+    elif tensor not in tensors:
+        if instead := [each for each in REPLACED.get(kind, ()) if tensor.replace(kind, each) in tensors]:
+            yield "unsupported", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
+        else:
+            yield "incompatible", "is missing in the base model"
         return
-    if base.tensors is None and base.metadata["general.architecture"] not in ARCHITECTURES:
-        return  # `_check_architecture` has reported it.
-    sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
+    yield from _check_sides(
+        shape, _expected_shape(base.metadata, tensor) if tensors is None else tensors.get(tensor, ())
+    )
+
+
+def _check_sides(shape: Shape, sides: Sequence[int | None]) -> Iterator[Finding]:
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        yield "gap", "has an unknown shape in the base model"
+        yield "unknown", "has an unknown shape in the base model"
         return
     for side, own, other in (("inputs", shape.inputs, sides[0]), ("outputs", shape.outputs, sides[1])):
         if own != other:
             rows = side == "outputs" and shape.tensor in (EMBEDDING, OUTPUT)
             why = ": its vocabulary was resized, or it is for another model" if rows else ""
-            yield "contradiction", f"has {own} {side}, but {other} in the base model{why}"
-
-
-def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
-    kind = kind_of(shape.tensor)
-    instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
-    if instead:
-        return "obstacle", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
-    return "contradiction", "is missing in the base model"
+            yield "incompatible", f"has {own} {side}, but {other} in the base model{why}"
 
 
 def _expected_shape(metadata: Mapping[str, object], tensor: str) -> tuple[int | None, ...]:

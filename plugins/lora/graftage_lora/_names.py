@@ -79,20 +79,16 @@ class Name:
             or self.variants != other.variants
             or self._differs_in_version(other)
             or (bool(self.sizes and other.sizes) and self.sizes.isdisjoint(other.sizes))
-            or any(_differ(*each) for each in zip(self._optional(), other._optional(), strict=True))
+            or any(_differ(getattr(self, each), getattr(other, each)) for each in ("root", "release", "date"))
         )
 
-    def _optional(self) -> tuple[str | None, ...]:
-        return self.root, self.release, self.date
-
     def _differs_in_version(self, other: Name) -> bool:
-        if self.version is None and other.version is None:
+        if self.version is not None and other.version is not None:
+            return self.version != other.version
+        bare, stated = (self, other) if self.version is None else (other, self)
+        if stated.version is None or self.family not in UNVERSIONED or bare.size is None:
             return False
-        if self.version is None or other.version is None:
-            bare, stated = (self, other) if self.version is None else (other, self)
-            first = (stated.version or "").split(".")[0] in ("0", "1")
-            return self.family in UNVERSIONED and bare.size is not None and not first
-        return self.version != other.version
+        return stated.version.split(".")[0] not in ("0", "1")
 
 
 def name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:

@@ -27,16 +27,14 @@ from graftage_lora._configs import (
     parse_json,
     read_config,
 )
-from graftage_lora._configs import stated_base as configured_base
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Array, Facts, Lora, Part, checked_scale
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["MAX_BYTES", "dequantize", "read", "stated_base"]
+__all__ = ["FLOATS", "dequantize", "read"]
 
-MAX_BYTES: Final = 2 << 30
 MAX_HEADER: Final = 4 << 20
 """The largest head of a safetensors file; 27,000 tensors fit."""
 MAX_TENSORS: Final = 65_536
@@ -49,36 +47,20 @@ Halves: TypeAlias = dict[str, dict[str, Array]]
 """The `a` and `b` of each tensor."""
 
 
-def read(files: Files, *, max_bytes: int = MAX_BYTES, leave_out_vision: bool = False) -> Lora:
-    """Read the adapter in some files.
-
-    Args:
-        files: where it is.
-        max_bytes: the largest file that is read.
-        leave_out_vision: read it without what it changes outside of the language model, instead of refusing it.
+def read(files: Files, *, max_bytes: int, leave_out_vision: bool) -> Lora:
+    """Read the adapter in some files, at most so many bytes; without what it changes in a tower, or refuse that.
 
     Raises:
         Refused: it is malformed, unsafe or not supported.
     """
     with CheckedFile(files.weights, within=files.within, limit=max_bytes) as file:
         start = file.peek(8)
-        if start.startswith(MAGIC):
+        if files.config is None and start.startswith(MAGIC):
             return _read_gguf(file)
         _refuse_pickle(start, file.name)
         if files.config is None:
             raise Refused(f"`{file.name}` is neither safetensors nor GGUF")
         return _read_safetensors(file, read_config(files), leave_out_vision=leave_out_vision)
-
-
-def stated_base(files: Files) -> str | None:
-    """Return the base model that an adapter names; `None` also for a broken adapter, for use in lists."""
-    try:
-        if files.config is not None:
-            return configured_base(files)
-        with CheckedFile(files.weights, within=files.within) as file:
-            return _gguf_base(read_head(file).metadata)
-    except Refused:
-        return None
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:
@@ -138,6 +120,8 @@ def _read_safetensors(file: CheckedFile, config: Config, *, leave_out_vision: bo
     for name, (tensor, entry) in whole.items():
         _check_whole(name, tensor, entry, halves.get(tensor, {}))
     found = _pair(halves, lambda tensor, rank: config.scale(modules[tensor], rank))
+    towers = " and ".join(sorted(set(left_out.values())))
+    left = f"Modules of {towers} are left out ({len(left_out)}): only the language model is changed."
     return _lora(
         [replace(part, module=clean_name(modules[part.tensor])) for part in found],
         layout=config.layout,
@@ -145,15 +129,8 @@ def _read_safetensors(file: CheckedFile, config: Config, *, leave_out_vision: bo
         base_model=config.base_model,
         invocation=config.invocation,
         targets=config.targets,
-        warnings=_left_out(left_out),
+        warnings=(left,) if left_out else (),
     )
-
-
-def _left_out(modules: Mapping[str, str]) -> tuple[str, ...]:
-    if not modules:
-        return ()
-    towers = " and ".join(sorted(set(modules.values())))
-    return (f"Modules of {towers} are left out ({len(modules)}): only the language model is changed.",)
 
 
 def _peft_half(name: str) -> tuple[str, str, bool]:
@@ -161,10 +138,10 @@ def _peft_half(name: str) -> tuple[str, str, bool]:
     if what := next((words for part, words in UNEXPECTED.items() if part in name and "base_layer" not in name), None):
         raise Refused(f"the tensor `{name[:120]}` is {what}")
     match = PEFT_NAME.fullmatch(name)
-    if match is None:
-        return _whole(name), "", False
-    if bool(match[2]) == bool(match[4]):
-        raise Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
+    if match is None and (whole := WHOLE.fullmatch(name)):
+        return whole[1], "", False
+    if match is None or bool(match[2]) == bool(match[4]):
+        raise _unpaired(name)
     half = match[3].lower()
     if match[2]:
         # For an embedding, PEFT adds the transpose of B @ A: the halves change places.
@@ -177,18 +154,15 @@ def _mlx_half(name: str) -> tuple[str, str, bool]:
         raise Refused("it is a DoRA adapter, which no supported server can apply")
     match = MLX_NAME.fullmatch(name)
     if match is None:
-        raise Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
+        raise _unpaired(name)
     if gguf_name(match[1]) == EMBEDDING:
         # For an embedding, mlx-lm looks up rows of `lora_a` by token: that is our B.
         return match[1], "b" if match[2] == "a" else "a", False
     return match[1], match[2], True
 
 
-def _whole(name: str) -> str:
-    match = WHOLE.fullmatch(name)
-    if match is None:
-        raise Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
-    return match[1]
+def _unpaired(name: str) -> Refused:
+    return Refused(f"the tensor `{name[:120]}` is not one half of a LoRA pair")
 
 
 def _check_whole(name: str, tensor: str, entry: Entry, pair: Mapping[str, Array]) -> None:
@@ -235,12 +209,15 @@ def _check_entry(name: str, entry: object) -> Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(f"{label} must have exactly dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str):
-        raise Refused(f"{label} has the invalid type {str(kind)[:20]}")
-    if not _are_integers(shape):
-        raise Refused(f"{label} has the invalid shape {str(shape)[:60]}")
-    if not _are_integers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
-        raise Refused(f"{label} has the invalid data_offsets {str(offsets)[:60]}")
+    ordered = _are_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]
+    checks = (
+        ("type", kind, isinstance(kind, str)),
+        ("shape", shape, _are_integers(shape)),
+        ("data_offsets", offsets, ordered),
+    )
+    for what, value, valid in checks:
+        if not valid:
+            raise Refused(f"{label} has the invalid {what} {str(value)[:60]}")
     return Entry(kind, shape, *offsets)
 
 
@@ -252,7 +229,7 @@ def _entry_array(name: str, entry: Entry, data: memoryview) -> Array:
         raise Refused(f"{label} has the shape {str(shape)[:60]}; it must have two sides of at least 1", UNGATHERED)
     if shape[0] * shape[1] * np.dtype(FLOATS[kind]).itemsize != entry.end - entry.start:
         raise Refused(f"{label} has {entry.end - entry.start} bytes, which contradicts its shape {shape}")
-    return _array(name, data[entry.start : entry.end], FLOATS[kind], (shape[0], shape[1]))
+    return _array(name, kind, data[entry.start : entry.end]).reshape(shape)
 
 
 def _are_integers(value: object) -> bool:
@@ -315,19 +292,18 @@ def _gguf_halves(file: CheckedFile, header: Header) -> tuple[Halves, int]:
             continue
         if len(tensor.shape) != 2:
             raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; it must have 2")
-        array = _gguf_array(tensor, data[tensor.offset - header.data :][: tensor.size])
+        part = data[tensor.offset - header.data :][: tensor.size]
+        flat = (
+            _array(tensor.name, tensor.kind, part)
+            if tensor.kind in FLOATS
+            else _checked(tensor.name, dequantize(tensor, part))
+        )
+        array = flat.reshape(tensor.shape[::-1])
         if name == EMBEDDING:
             # llama.cpp looks up rows of A by token: A is stored transposed, in place of B.
             half, array = ("b", array) if half == "a" else ("a", array.T)
         _add(halves, name, half, array)
     return halves, skipped
-
-
-def _gguf_array(tensor: Tensor, data: memoryview) -> Array:
-    shape = (tensor.shape[1], tensor.shape[0])
-    if tensor.kind in FLOATS:
-        return _array(tensor.name, data, FLOATS[tensor.kind], shape)
-    return _finite_array(tensor.name, dequantize(tensor, data).reshape(shape))
 
 
 def _gguf_base(keys: Mapping[str, object]) -> str | None:
@@ -340,14 +316,14 @@ def _gguf_base(keys: Mapping[str, object]) -> str | None:
 # --- Both ------------------------------------------------------------------------------------------------------------
 
 
-def _array(name: str, data: memoryview, kind: str, shape: tuple[int, int]) -> Array:
-    array = np.frombuffer(data, kind).reshape(shape)
-    if kind == "<u2":  # BF16 is the upper half of an F32
+def _array(name: str, kind: str, data: memoryview) -> Array:
+    array = np.frombuffer(data, FLOATS[kind])
+    if kind == "BF16":  # The upper half of an F32.
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    return _finite_array(name, array)
+    return _checked(name, array)
 
 
-def _finite_array(name: str, array: Array) -> Array:
+def _checked(name: str, array: Array) -> Array:
     if not np.isfinite(array).all():
         raise Refused(f"the tensor `{name[:120]}` contains NaN or infinity")
     return array
@@ -384,11 +360,7 @@ def _lora(parts: Iterable[Part], **facts: Any) -> Lora:
 
 
 def dequantize(tensor: Tensor, data: Any) -> npt.NDArray[np.float32]:
-    """Convert whole rows of a tensor to F32.
-
-    Raises:
-        Refused: the `gguf` package does not know the type.
-    """
+    """Convert whole rows of a tensor to F32, or refuse a type that the `gguf` package does not know."""
     from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
 
     rows = np.frombuffer(data, np.uint8).reshape(-1, bytes_of(tensor.kind, tensor.shape[0]))

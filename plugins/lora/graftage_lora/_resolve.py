@@ -7,11 +7,11 @@ import hashlib
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from graftage.calls import ListAdaptersRequest, ResolveRequest
 from graftage.exceptions import (
@@ -27,25 +27,16 @@ from graftage.exceptions import (
 from graftage.gguf import MAX_HEAD, Header
 from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
 from graftage_lora import _layouts, _write
-from graftage_lora._files import CheckedFile, Files, Refused, read_head
-from graftage_lora._lora import Facts, Lora, head_count, is_reordered, judge
+from graftage_lora._files import CheckedFile, Refused, read_head
+from graftage_lora._lora import STATUSES, Facts, Lora, head_count, is_reordered, judge
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
-from graftage_lora._sources import (
-    Broken,
-    Found,
-    Hub,
-    NotKnown,
-    Reference,
-    Registry,
-    chain,
-    is_unreadable_registry,
-    parse,
-)
-from graftage_lora._write import Progress
+from graftage_lora._sources import USERS, Found, Hub, NotKnown, Reference, chain, parse, refusal
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
+
+T = TypeVar("T")
 
 __all__ = ["Resolver"]
 
@@ -55,8 +46,6 @@ LOOKING: Final = "resolve_adapter"
 """The operation that uses no adapter."""
 PINNED: Final = len("sha256:") + 12
 """Characters of a digest that tell two adapters of one name apart."""
-STATUSES: Final = ("compatible", "unknown", "unsupported", "incompatible")
-"""From the best to the worst."""
 REMEMBERED: Final = 256
 """Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
@@ -72,110 +61,97 @@ class Resolver:
         self._lock = threading.Lock()
 
     def resolve(self, request: ResolveRequest) -> Adapter:
-        """Find, read and judge the adapter of a reference.
-
-        Raises:
-            AdapterNotFound: no source has it; `reasons` has a reason from each.
-            AdapterInvalid: it was found and cannot be used, or its name is ambiguous.
-        """
+        """Find, read and judge the adapter of a reference."""
+        text, reasons = ascii(request.reference[:80]), list[str]()
         try:
             reference = parse(request.reference)
-        except NotKnown as reason:
-            raise _not_found(ascii(request.reference[:80]), [str(reason)]) from None
-        try:
+            text = reference.text
             found, reasons = self.candidates(reference)
-            if not found:
-                return self._from_server(reference, request, reasons)
             if len(found) == 1:
-                return self._from_files(usable(found[0]), reference, request)
-            return self._chosen(found, reference, request)
+                return self._from_files(found[0], reference, request)
+            return self._chosen(found, reference, request) if found else _from_server(reference, request)
+        except NotKnown as reason:
+            reasons.append(str(reason))
+            raise AdapterNotFound(
+                f"The adapter `{text}` was not found: {'; '.join(reasons)}.",
+                reference=text,
+                reasons=reasons,
+                hint="`graftage adapters list` shows the known ones.",
+            ) from None
         except Refused as error:
-            raise invalid_adapter(request.reference, error) from None
+            raise refused_adapter(request.reference, error, AdapterInvalid) from None
 
     def known(self, request: ListAdaptersRequest) -> Iterator[AdapterInfo]:
-        """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read.
-
-        Each is read completely when the iterator reaches it, unless it is remembered.
-        """
+        """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read."""
         base, unreachable = None, None
         try:
             base = request.base() if request.model is not None else None
         except GraftageError as error:  # A server that does not answer hides no adapter.
             unreachable = Verdict(status="unknown", reasons=(error.message,))
-        found: dict[object, Found | Broken] = {}
+        found: dict[object, Found] = {}
         for each in (each for source in self._sources for each in source.known()):
             if each.source != Hub.name or not any(each.path == other.path for other in found.values()):
                 found.setdefault((each.name, each.path.absolute()), each)
         names = Counter(each.name for each in found.values() if each.reference == each.name)
-        blocked = any(map(is_unreadable_registry, found.values()))
+        blocked = any(each.bound and not each.name for each in found.values())  # By a registry that cannot be read.
         for each in found.values():
-            settled = each.source == Registry.name or names[each.name] == 1
+            settled = each.source == USERS or names[each.name] == 1
             info = self.info(each, base, settled=settled and not blocked)
-            if request.model is None:
-                info = replace(info, verdict=None)
-            elif unreachable and info.verdict:
-                info = replace(info, verdict=unreachable)
-            yield info
+            asked = info.verdict if request.model is not None else None
+            yield replace(info, verdict=asked and (unreachable or asked))
 
-    def info(self, found: Found | Broken, base: ModelInfo | None, *, settled: bool) -> AdapterInfo:
+    def info(self, found: Found, base: ModelInfo | None, *, settled: bool) -> AdapterInfo:
         """Describe an adapter, or what is wrong with it; `settled` means that its name finds it."""
-        info = AdapterInfo(name=found.name, reference=found.reference, source=found.source, path=found.path.absolute())
+        path = found.path.absolute()
+        info = AdapterInfo(name=found.name, reference=found.reference, source=found.source, path=path)
         try:
-            found = usable(found)
             facts, digest = self.facts(found, base)
-            _require_digest(found.digest, digest, facts.sha256)
+            _require_digest(found.digest, digest, facts)
             info = replace(
                 info,
                 base_model=found.base_model or facts.base_model,
                 digest=digest if is_lasting(facts, base) else None,
-                size=found.files.weights.stat().st_size,
+                size=found.usable().weights.stat().st_size,
                 rank=Counter(each.rank for each in facts.shapes).most_common(1)[0][0],
                 verdict=self._verdict(facts, base, found.base_model),
             )
         except (Refused, OSError) as error:
-            info = replace(info, problem=_problem(error))
+            why = refusal(error)
+            info = replace(info, problem=f"{why}. {why.hint}".strip())
         if not found.name or found.reference != found.name or (settled and is_plain(found.name)):
             return info
-        if info.digest and (getattr(found, "bound", False) or not self.settings.paths):
+        if info.digest and (found.bound or not self.settings.paths):
             return replace(info, reference=f"{found.name}@{info.digest[:PINNED]}")
         # A slash at its end keeps the end of a name from being read as a digest.
-        return replace(info, reference=f"{info.path}" + ("" if is_plain(f"{info.path}") else "/"))
+        return replace(info, reference=f"{path}" + ("" if is_plain(f"{path}") else "/"))
 
-    def candidates(self, reference: Reference) -> tuple[list[Found | Broken], list[str]]:
+    def candidates(self, reference: Reference) -> tuple[list[Found], list[str]]:
         """Return the adapters that a reference may mean, and a reason from each source that has none."""
-        found: list[Found | Broken] = []
+        found: list[Found] = []
         reasons = []
         for source in self._sources:
             try:
                 found += source.find(reference)
-            except NotKnown as reason:
-                reasons.append(f"{source.name}: {reason}")
-            except OSError as error:
-                reasons.append(f"{source.name}: {error.strerror or error}")
+            except (NotKnown, OSError) as error:
+                reasons.append(f"{source.name}: {refusal(error)}")
             if found and source.settles:
                 break
         return found, reasons
 
-    def _chosen(self, found: Sequence[Found | Broken], reference: Reference, request: ResolveRequest) -> FileAdapter:
-        """Return the adapter that a name means: the one with the required digest, or any if all are equal.
-
-        Raises:
-            AdapterInvalid: the name is ambiguous; `reasons` has the path of each.
-            Refused: none has the required digest.
-        """
+    def _chosen(self, found: Sequence[Found], reference: Reference, request: ResolveRequest) -> FileAdapter:
+        """Return the adapter that a name means: the one with the required digest, or any if all are equal."""
         versions: dict[str, Found] = {}
-        reasons = []
-        broken = False
+        reasons, broken = [], False
         for each in found:
             try:
-                facts, digest = self.facts(usable(each), request.base())
+                facts, digest = self.facts(each, request.base())
             except Refused as error:
-                reasons.append(f"{each.path}: {error.reason}")
+                reasons.append(f"{each.path}: {error}")
                 broken = True
-                continue
-            reasons.append(f"{each.path}: {digest[:PINNED]}")
-            if _has_digest(reference.digest, digest, facts.sha256):
-                versions.setdefault(digest, usable(each))
+            else:
+                reasons.append(f"{each.path}: {digest[:PINNED]}")
+                if _has_digest(reference.digest, digest, facts):
+                    versions.setdefault(digest, each)
         if reference.digest and not versions:
             raise Refused(f"none of its versions has the digest {reference.digest}: {'; '.join(reasons)}")
         first = next(iter(versions.values()), None)
@@ -191,90 +167,59 @@ class Resolver:
             raise ambiguous
         # Who only looks sees the first one; its use is refused.
         shown = self._from_files(first, reference, request)
-        reasons = ["its name is ambiguous", *reasons]
-        verdict = Verdict(status="unknown", reasons=tuple(reasons), warnings=shown.verdict.warnings)
+        verdict = replace(shown.verdict, status="unknown", reasons=("its name is ambiguous", *reasons))
         return replace(shown, verdict=verdict, refusal=ambiguous)
 
     def _from_files(self, found: Found, reference: Reference, request: ResolveRequest) -> FileAdapter:
         base = request.base()
         facts, digest = self.facts(found, base)
         for pin in (reference.digest, found.digest):
-            _require_digest(pin, digest, facts.sha256)
+            _require_digest(pin, digest, facts)
         return FileAdapter(
             name=found.name,
             digest=digest,
             scale=facts.scale,
             verdict=self._verdict(facts, base, found.base_model),
             facts=facts,
-            files=found.files,
+            found=found,
             settings=self.settings,
-            source=found.source,
-            given_scale=found.scale,
-            meant_for=found.base_model,
         )
 
     def facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
         """Return facts and digest, from memory as long as the files are unchanged."""
+        files = found.usable()
         metadata = base.metadata if base is not None else {}
-        with self._lock:  # One of several callers reads it for all.
-            own = (_signature(found.files), found.scale)
-            keys = (own, (*own, _row_order(metadata)))  # Most digests are the same for every base model.
-            key = next((each for each in keys if each in self._read), None)
-            if key is None:
-                lora = load(found.files, found.scale, self.settings)
-                if _signature(found.files) != own[0]:
-                    raise Refused("its files changed while they were read", "Resolve it again.")
-                key = keys[0 if is_lasting(lora.facts, None) else 1]
-                self._read[key] = lora.facts, lora.digest(metadata)
-            self._read.move_to_end(key)
-            while len(self._read) > REMEMBERED:
-                self._read.popitem(last=False)
-            return self._read[key]
+        state = files.signature()
+
+        def read_now() -> tuple[Facts, str]:
+            lora = load(found, self.settings)
+            if files.signature() != state:
+                raise Refused("its files changed while they were read", "Resolve it again.")
+            return lora.facts, lora.digest(metadata)
+
+        # Only the digest of a GGUF file depends on the base model.
+        order = _row_order(metadata) if files.config is None else None
+        return self._remembered(self._read, (state, found.scale, order), read_now)
 
     def _verdict(self, facts: Facts, base: ModelInfo | None, meant_for: str | None) -> Verdict:
         """Judge an adapter once for all calls that use it: that takes longer than all else in a call."""
+        # With the objects, so that no others get their identities.
         key = (id(facts), id(base), meant_for)
-        known = self._judged.get(key)
-        if known is None:
-            # With the objects, so that no others get their identities.
-            known = self._judged[key] = facts, base, judge(facts, base, meant_for=meant_for)
-            while len(self._judged) > REMEMBERED:
-                with suppress(KeyError):
-                    self._judged.popitem(last=False)
-        return known[2]
+        return self._remembered(self._judged, key, lambda: (facts, base, judge(facts, base, meant_for=meant_for)))[2]
 
-    def _from_server(self, reference: Reference, request: ResolveRequest, reasons: list[str]) -> ServedAdapter:
-        """Look for a model of the server that already contains an adapter."""
-        try:
-            model = _served_model(reference.text, request)
-        except (RequestRejected, CapabilityUnsupported) as error:
-            raise _not_found(reference.text, [*reasons, f"server: {error.message}"]) from None
-        if model is None:
-            why = "it has no model of that name"
-        elif found := served_adapter(model, request.base()):
-            _require_digest(reference.digest, found.digest)
-            return found
-        else:
-            why = "the model of that name has no adapter"
-        raise _not_found(reference.text, [*reasons, f"server: {why}"])
-
-
-def usable(found: Found | Broken) -> Found:
-    """Return what was found, if it has files."""
-    if isinstance(found, Broken):
-        raise found.error
-    return found
+    def _remembered(self, memory: OrderedDict[object, T], key: object, find: Callable[[], T]) -> T:
+        with self._lock:  # One of several callers finds it for all.
+            if key not in memory:
+                memory[key] = find()
+            memory.move_to_end(key)
+            if len(memory) > REMEMBERED:
+                memory.popitem(last=False)
+            return memory[key]
 
 
 def is_plain(text: str) -> bool:
     """Return whether a reference has no digest."""
     return parse(text).digest is None
-
-
-def _problem(error: Refused | OSError) -> str:
-    if isinstance(error, Refused):
-        return " ".join(filter(None, (f"{error.reason}.", error.hint)))
-    return f"it cannot be read: {error.strerror or error}."
 
 
 def is_lasting(facts: Facts, base: ModelInfo | None) -> bool:
@@ -286,29 +231,6 @@ def is_lasting(facts: Facts, base: ModelInfo | None) -> bool:
     )
 
 
-def _served_model(name: str, request: ResolveRequest) -> ModelInfo | None:
-    """Return a model of the server; a reference that cannot be a model's name is not sent to it."""
-    if name == request.model:
-        return request.base()
-    return request.show(name) if MODEL.fullmatch(name) else None
-
-
-def _not_found(reference: str, reasons: list[str]) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"The adapter `{reference}` was not found: {'; '.join(reasons)}.",
-        reference=reference,
-        reasons=reasons,
-        hint="`graftage adapters list` shows the known ones.",
-    )
-
-
-def _signature(files: Files) -> tuple[tuple[int, ...], ...]:
-    try:
-        return files.signature()
-    except OSError as error:
-        raise Refused(f"it cannot be read: {error.strerror}") from None
-
-
 def _row_order(metadata: Mapping[str, object]) -> str:
     """Return what the digest depends on besides the files: how the base model orders rows."""
     architecture = metadata.get("general.architecture")
@@ -316,14 +238,15 @@ def _row_order(metadata: Mapping[str, object]) -> str:
     return repr((architecture, *heads))
 
 
-def _has_digest(pin: str | None, digest: str, weights: str = "") -> bool:
+def _has_digest(pin: str | None, digest: str, facts: Facts | None) -> bool:
+    """Return whether a digest, or the weights' SHA-256, starts with the pin."""
+    weights = facts.sha256 if facts else ""
     return not pin or digest.removeprefix("sha256:").startswith(pin) or weights.startswith(pin)
 
 
-def _require_digest(pin: str | None, digest: str, weights: str = "") -> None:
-    """Refuse an adapter unless its digest, or its weights' SHA-256, starts with the pin."""
-    if not _has_digest(pin, digest, weights):
-        also = f" (weights: {weights[:12]}…)" if weights else ""
+def _require_digest(pin: str | None, digest: str, facts: Facts | None) -> None:
+    if not _has_digest(pin, digest, facts):
+        also = f" (weights: {facts.sha256[:12]}…)" if facts else ""
         raise Refused(
             f"its digest is {digest}{also}, not {pin}",
             "This is another version of the adapter. Correct the digest to use it.",
@@ -333,24 +256,24 @@ def _require_digest(pin: str | None, digest: str, weights: str = "") -> None:
 # --- An adapter in files ---------------------------------------------------------------------------------------------
 
 
-def _no_progress(_written: int, _total: int) -> None:
+def _ignore(_written: int, _total: int) -> None:
     """Ignore the progress of a merge."""
 
 
-def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
-    """Read the adapter in some files, with its registry's scale.
-
-    Raises:
-        Refused: it is malformed, unsafe or not supported.
-    """
-    lora = read(files, max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
-    return lora if scale is None else lora.scaled(scale)
+def load(found: Found, settings: LoraSettings) -> Lora:
+    """Read an adapter, with its registry's scale if that has one."""
+    lora = read(found.usable(), max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
+    return lora if found.scale is None else lora.scaled(found.scale)
 
 
-def invalid_adapter(name: str, error: Refused) -> AdapterInvalid:
-    """Build the error for an adapter that cannot be used."""
-    return AdapterInvalid(
-        f"The adapter `{name}` cannot be used: {error.reason}.",
+E = TypeVar("E", bound=AdapterError)
+
+
+def refused_adapter(name: str, error: Refused, kind: type[E]) -> E:
+    """Build the error for an adapter that cannot be used, or not in one way (`AdapterUnsupported`)."""
+    way = " this way" if kind is AdapterUnsupported else ""
+    return kind(
+        f"The adapter `{name}` cannot be used{way}: {error}.",
         reference=name,
         reasons=[error.reason],
         hint=error.hint or None,
@@ -370,19 +293,18 @@ class FileAdapter:
     scale: float
     verdict: Verdict
     facts: Facts = field(repr=False)
-    files: Files = field(repr=False)
+    found: Found = field(repr=False)
     settings: LoraSettings = field(repr=False)
-    source: str = ""
-    """The source that found it."""
-    given_scale: float | None = None
-    """The scale of the registry, which replaces the adapter's own."""
-    meant_for: str | None = None
-    """The base model that the registry names."""
     served_as: str | None = None
     refusal: AdapterInvalid | None = field(default=None, repr=False)
     """Why it may only be looked at."""
     parts: tuple[tuple[FileAdapter, float], ...] = field(default=(), repr=False)
     """The adapters that it is the sum of, each with its weight; empty if it is one."""
+
+    @property
+    def source(self) -> str:
+        """The source that found it."""
+        return self.found.source
 
     def mix(self, weight: float, others: Sequence[tuple[Adapter, float]]) -> FileAdapter:
         """Return one adapter that is exactly the sum of this one and others, each by its weight.
@@ -391,14 +313,17 @@ class FileAdapter:
             AdapterUnsupported: one of the others comes from another resolver, or they cannot be added up.
         """
         parts = [(self, weight)]
-        for each, factor in others:
-            if not isinstance(each, FileAdapter):
-                raise unsupported_adapter(
-                    self.name, Refused(f"`{each.name}` has no files to add to it", "Give its files.")
-                )
-            parts.append((each, factor))
-        for each, _ in parts:
-            _check_part(each, alone=len(parts) == 1)
+        with self._translate_errors("mixed"):
+            for each, factor in others:
+                if not isinstance(each, FileAdapter):
+                    raise Refused(f"`{each.name}` has no files to add to it", "Give its files.")
+                parts.append((each, factor))
+            for part, _ in parts:
+                if part.parts:
+                    raise Refused(f"`{part.name}` is a sum already", "Mix the adapters themselves.")
+                if part.facts.invocation and others:
+                    reason = f"`{part.name}` acts only after its invocation tokens, but the sum would always act"
+                    raise Refused(reason, "Use it alone.")
         if parts == [(self, 1.0)]:
             return self
         name = " + ".join(each.name if factor == 1 else f"{factor:g} {each.name}" for each, factor in parts)
@@ -419,35 +344,30 @@ class FileAdapter:
 
         Raises:
             AdapterInvalid: its files have changed since it was resolved.
-            AdapterUnsupported: its modules have no known names in such a model.
+            AdapterUnsupported: its modules have no known names in such a model, or the layout cannot hold it.
             AdapterError: the cache cannot be written.
         """
-        return self._written(base, lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
+        return self._written(base, _write.encode)
 
     def peft(self, base: ModelInfo) -> Path:
-        """Write a folder of the adapter in PEFT's layout to the cache, as `gguf` does; always a copy of our own.
+        """Write a folder of the adapter in PEFT's layout to the cache; errors are those of `gguf`.
 
-        A trainer may write to the adapter's own folder at any time, and servers read theirs again.
-
-        Raises:
-            AdapterInvalid: its files have changed since it was resolved.
-            AdapterUnsupported: the layout cannot hold it.
-            AdapterError: the cache cannot be written.
+        It is always a copy: a trainer may write to the adapter's own folder at any time, and servers read theirs again.
         """
-        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
+        return self._written(base, _layouts.peft)
 
     def mlx(self, base: ModelInfo) -> Path:
-        """Write a folder of the adapter in mlx-lm's layout to the cache; errors are those of `peft`."""
-        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
+        """Write a folder of the adapter in mlx-lm's layout to the cache, as `peft` does."""
+        return self._written(base, _layouts.mlx)
 
-    def _written(self, base: ModelInfo, write: Callable[[Lora, Path, str], Path]) -> Path:
-        try:
-            with self._translate_errors("written"):
-                return write(self._content(base.metadata), self.settings.cache, _slug(self.name))
-        except Refused as error:
-            raise unsupported_adapter(self.name, error) from None
+    def _written(
+        self, base: ModelInfo, encode: Callable[[Lora, Mapping[str, object]], bytes | Mapping[str, bytes]]
+    ) -> Path:
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:60] or "adapter"
+        with self._translate_errors("written"):
+            return _write.store(encode(self._content(base.metadata), base.metadata), self.settings.cache / name)
 
-    def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _ignore) -> Path:
         """Write the base model with the adapter merged into it to `out`; leave nothing if that fails.
 
         It takes about 0.1 s of one core per million numbers that the adapter touches, and the memory of a few blocks.
@@ -464,18 +384,16 @@ class FileAdapter:
             AdapterUnsupported: the adapter or the base model cannot be merged.
             AdapterError: the disk is full, or a file cannot be read or written.
         """
-        try:
-            with self._translate_errors("merged"), CheckedFile(base_file) as base:
-                header = self._read_base(base, base_file, out)
-                lora = self._content(header.metadata)
-                kind = self.settings.merge_type
-                return _write.merge(
-                    base, header, lora, out, digest=self.digest, kind=kind, on_progress=_guarded(on_progress)
-                )
-        except Refused as error:
-            raise unsupported_adapter(self.name, error) from None
-        except _Stopped as stopped:
-            raise stopped.error from None
+        with closing(self._merge(base_file, out)) as steps:
+            for written, total in steps:
+                on_progress(written, total)
+        return out
+
+    def _merge(self, base_file: Path, out: Path) -> Generator[_write.Step]:
+        with self._translate_errors("merged"), CheckedFile(base_file) as base:
+            header = self._read_base(base, base_file, out)
+            lora = self._content(header.metadata)
+            yield from _write.merge(base, header, lora, out, digest=self.digest, kind=self.settings.merge_type)
 
     def _read_base(self, base: CheckedFile, base_file: Path, out: Path) -> Header:
         if out.exists() and out.samefile(base_file):
@@ -485,7 +403,7 @@ class FileAdapter:
             raise Refused(f"`{base.name}` is an adapter, not a model")
         tensors = {name: tensor.shape for name, tensor in header.tensors.items()}
         model = ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors)
-        verdict = _joint(judge(each.facts, model) for each in self._single)
+        verdict = _joint(judge(each.facts, model) for each, _ in self.parts or [(self, 1.0)])
         if verdict.status == "incompatible":
             raise AdapterIncompatible(
                 f"The adapter `{self.name}` does not fit `{base.name}`: {'; '.join(verdict.reasons)}.",
@@ -497,11 +415,6 @@ class FileAdapter:
             raise Refused(f"it may not fit `{base.name}`: {'; '.join(verdict.reasons)}")
         return header
 
-    @property
-    def _single(self) -> tuple[FileAdapter, ...]:
-        """The adapters that it consists of."""
-        return tuple(each for each, _ in self.parts) or (self,)
-
     def _content(self, metadata: Mapping[str, object]) -> Lora:
         """Read it for a base model with this metadata."""
         if not self.parts:
@@ -509,85 +422,35 @@ class FileAdapter:
         return mixed([(each.read(), weight) for each, weight in self.parts], metadata)
 
     def read(self) -> Lora:
-        """Read its own files again.
-
-        Raises:
-            AdapterInvalid: they have changed, or the adapter may only be looked at.
-            AdapterError: they cannot be read.
-        """
+        """Read its own files again; refuse it if they have changed, or if it may only be looked at."""
         if self.refusal is not None:
             raise copy.copy(self.refusal)  # One instance raised twice would mix tracebacks.
-        try:
-            with self._translate_errors("read"):
-                lora = load(self.files, self.given_scale, self.settings)
+        with self._translate_errors("read", AdapterInvalid):
+            lora = load(self.found, self.settings)
             if lora.facts != self.facts:
                 raise Refused("its files changed after the check", "Resolve it again.")
-        except Refused as error:
-            raise invalid_adapter(self.name, error) from None
-        return lora
+            return lora
 
     @contextmanager
-    def _translate_errors(self, done: str) -> Iterator[None]:
-        """Translate errors of the system into `AdapterError`."""
+    def _translate_errors(self, done: str, refused: type[AdapterError] = AdapterUnsupported) -> Iterator[None]:
         try:
             yield
-        except (OSError, MemoryError, _write.DiskFull) as error:
+        except Refused as error:
+            raise refused_adapter(self.name, error, refused) from None
+        except (OSError, MemoryError) as error:
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise AdapterError(
                 f"The adapter `{self.name}` could not be {done}: {words}.", reference=self.name
             ) from error
 
 
-def unsupported_adapter(name: str, error: Refused) -> AdapterUnsupported:
-    """Build the error for an adapter that cannot be used in one way."""
-    return AdapterUnsupported(
-        f"The adapter `{name}` cannot be used this way: {error.reason}.",
-        reference=name,
-        reasons=[error.reason],
-        hint=error.hint or None,
-    )
-
-
-def _check_part(adapter: FileAdapter, *, alone: bool) -> None:
-    """Refuse an adapter that cannot be a part of a sum."""
-    if adapter.parts:
-        raise unsupported_adapter(adapter.name, Refused("it is a sum already", "Mix the adapters themselves."))
-    if adapter.facts.invocation and not alone:
-        reason = "it acts only after its invocation tokens, but the sum would always act"
-        raise unsupported_adapter(adapter.name, Refused(reason, "Use it alone."))
-
-
 def _joint(verdicts: Iterable[Verdict]) -> Verdict:
     """Return the worst of some verdicts, with its reasons and everyone's warnings."""
     found = tuple(verdicts)
-    status = max((each.status for each in found), key=STATUSES.index)
+    status = max((each.status for each in found), key=("compatible", *reversed(STATUSES)).index)
     reasons = dict.fromkeys(reason for each in found if each.status == status for reason in each.reasons)
     warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
     return Verdict(status=status, reasons=tuple(reasons), warnings=tuple(warnings))
-
-
-class _Stopped(Exception):
-    """`on_progress` raised an error."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
-
-
-def _guarded(on_progress: Progress) -> Progress:
-    """Keep the errors of `on_progress` apart from those of the merge."""
-
-    def report(written: int, total: int) -> None:
-        try:
-            on_progress(written, total)
-        except BaseException as error:  # noqa: BLE001 - `merge` raises it again
-            raise _Stopped(error) from None
-
-    return report
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "adapter"
 
 
 # --- An adapter in the server ----------------------------------------------------------------------------------------
@@ -604,11 +467,7 @@ class ServedAdapter:
     served_as: str | None
 
     def gguf(self, *_: object, **__: object) -> NoReturn:
-        """Refuse: the adapter's file is not known.
-
-        Raises:
-            AdapterUnsupported: always.
-        """
+        """Raise `AdapterUnsupported`: the adapter's file is not known."""
         raise AdapterUnsupported(
             f"The adapter `{self.name}` is inside a model of the server, and its file is not known.",
             reference=self.name,
@@ -618,18 +477,28 @@ class ServedAdapter:
     merge = gguf
 
 
-def served_adapter(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:
-    """Return the adapter that a model contains as a layer, or merged by Graftage; `None` if there is none."""
+def _from_server(reference: Reference, request: ResolveRequest) -> ServedAdapter:
+    """Find a model of the server that contains an adapter as a layer, or merged by Graftage."""
+    name = reference.text
+    try:
+        model = request.base() if name == request.model else None
+        if name != request.model and MODEL.fullmatch(name):  # Other references are not sent to the server.
+            model = request.show(name)
+    except (RequestRejected, CapabilityUnsupported) as error:
+        raise NotKnown(f"server: {error.message}") from None
+    if model is None:
+        raise NotKnown("server: it has no model of that name")
     digest, scale = model.metadata.get(_write.DIGEST), model.metadata.get(_write.SCALE)
     if not isinstance(digest, str):
         if not model.adapters:
-            return None
+            raise NotKnown("server: the model of that name has no adapter")
         digest, scale = model.adapters[-1], None
+    _require_digest(reference.digest, digest, None)
     return ServedAdapter(
         name=model.name,
         digest=digest,
         scale=float(scale) if isinstance(scale, (int, float)) else 1.0,
-        verdict=_served_verdict(model, base),
+        verdict=_served_verdict(model, request.base()),
         served_as=model.name,
     )
 

@@ -13,36 +13,43 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import struct
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from graftage import gguf
 from graftage.settings import nearest
-from graftage_lora._files import CheckedFile, Files, Refused, read_head
+from graftage_lora._files import CONFIG, WEIGHTS, CheckedFile, Files, Refused
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
 
 __all__ = [
+    "COMMIT",
     "HUB",
-    "Broken",
+    "USERS",
     "Found",
     "Hub",
     "NotKnown",
     "Reference",
     "Source",
     "chain",
-    "is_unreadable_registry",
     "name_problem",
     "parse",
+    "refusal",
+    "split_repository",
 ]
 
 REGISTRY: Final = "adapters.toml"
+USERS: Final = "registry"
+"""The source that settles names."""
 SHARED: Final = "blobs"
 """Where `huggingface_hub` since 2.0 keeps blobs of several repositories."""
 PROJECT: Final = Path(".graftage") / "adapters"
@@ -52,8 +59,10 @@ MAX_REGISTRY: Final = 1 << 20
 NAME: Final = re.compile(r"\w[\w.+@ -]{0,127}")
 DEVICES: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)", re.IGNORECASE)
 PINNED: Final = re.compile(r"(.+)@(?:sha256:([0-9a-f]{8,64})|([0-9a-f]{12,64}))")
-HUB_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-MAX_REVISION: Final = 256
+WORD: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+REVISION: Final = re.compile(rf"(?!.*\.\.)(?!.{{257}}){WORD}(?:/{WORD})*")
+"""A branch, a tag, a commit, or a reference such as `refs/pr/1`."""
+REPOSITORY: Final = re.compile(rf"(?![^@]*(?:\.\.|--))({WORD})/({WORD})(?:@({REVISION.pattern}))?")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -69,11 +78,6 @@ class Reference:
     """The reference without the digest."""
     digest: str | None = None
     """The start of the required digest, in hex."""
-
-    @property
-    def is_hub(self) -> bool:
-        """Whether it is a repository in the cache of Hugging Face."""
-        return self.text.startswith(HUB)
 
     @property
     def name(self) -> str:
@@ -117,57 +121,36 @@ def name_problem(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """An adapter's files, and what its registry states."""
+    """An adapter, or a place that cannot be read, and what its registry states."""
 
-    name: str
-    reference: str
-    """A reference that finds it again, unless another adapter has its name."""
     source: str
     path: Path
     """Its folder or file."""
-    files: Files
+    files: Files | Refused
+    """Its files, or why they cannot be used."""
+    name: str = ""
+    """Empty for a place."""
+    reference: str = ""
+    """A reference that finds it again, unless another adapter has its name."""
+    bound: bool = False
+    """Whether it is in a registry, or one: the path alone may then find another scale."""
     digest: str | None = None
     scale: float | None = None
     base_model: str | None = None
-    bound: bool = False
-    """Whether a registry names it: its path alone may then find another scale."""
+
+    def usable(self) -> Files:
+        """Return the files, or raise why they cannot be used."""
+        if isinstance(self.files, Refused):
+            raise self.files
+        return self.files
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Broken:
-    """An adapter without usable files; or, if it has no name, a place that cannot be read."""
+Source: TypeAlias = "Paths | Registry | Folder | Hub"
+"""One place to look for adapters. If it settles a reference, what it finds is the only meaning.
 
-    source: str
-    path: Path
-    error: Refused
-    name: str = ""
-    reference: str = ""
-
-
-def is_unreadable_registry(entry: Found | Broken) -> bool:
-    """Return whether an entry is a registry that cannot be read, and so refuses every name."""
-    return isinstance(entry, Broken) and not entry.name and entry.path.name == REGISTRY
-
-
-class Source(Protocol):
-    """One place to look for adapters."""
-
-    name: str
-    settles: bool
-    """Whether what it finds is the only meaning of a reference."""
-
-    def find(self, reference: Reference) -> tuple[Found | Broken, ...]:
-        """Find the adapters that a reference may mean.
-
-        Raises:
-            NotKnown: the source does not have it.
-            Refused: the source has it, but it cannot be used; the search ends.
-        """
-        ...
-
-    def known(self) -> Iterator[Found | Broken]:
-        """List the adapters here, also those that cannot be used."""
-        ...
+`find` returns the adapters that a reference may mean. It raises `NotKnown`, or `Refused`, which ends the search.
+`known` lists the adapters here, also those that cannot be used.
+"""
 
 
 def chain(settings: LoraSettings) -> tuple[Source, ...]:
@@ -176,13 +159,7 @@ def chain(settings: LoraSettings) -> tuple[Source, ...]:
     folders = [Folder(f"folder {each}", each) for each in settings.folders]
     if settings.project is not None:
         folders.append(Folder("project", settings.project / PROJECT, required=False))
-    return (Paths(allowed=settings.paths), Registry(settings.registry, hub, trusted=True), *folders, hub)
-
-
-def _locate_inside(path: Path, folder: Path) -> Files:
-    if is_outside(path, folder):
-        raise Refused(f"`{path.name}` leads out of its folder", f"Bind it by its path in the user's {REGISTRY}.")
-    return locate(path, within=folder)
+    return (Paths(allowed=settings.paths), Registry(settings.registry, hub), *folders, hub)
 
 
 # --- Paths -----------------------------------------------------------------------------------------------------------
@@ -200,7 +177,7 @@ class Paths:
     def find(self, reference: Reference) -> tuple[Found]:
         """Find the files at a path."""
         text = reference.text
-        if reference.is_hub or not re.search(r"[/\\]", text):
+        if text.startswith(HUB) or not re.search(r"[/\\]", text):
             raise NotKnown("it is not a path; start it with `./` to make it one")
         if not self._allowed:
             raise NotKnown("paths are disabled (`paths`)")
@@ -208,12 +185,12 @@ class Paths:
             raise NotKnown("it is on another machine")
         path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
-            pull = f"; `{HUB}{text}` is a repository of Hugging Face" if _is_repository(text) else ""
+            pull = f"; `{HUB}{text}` is a repository of Hugging Face" if REPOSITORY.fullmatch(text) else ""
             raise NotKnown(f"no such file or folder{pull}")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
         return (Found(name=name or text, reference=text, source=self.name, path=path, files=locate(path)),)
 
-    def known(self) -> Iterator[Found | Broken]:
+    def known(self) -> Iterator[Found]:
         """List nothing: paths are unlimited."""
         yield from ()
 
@@ -230,65 +207,44 @@ class Folder:
         self.name = name
         self._folder = folder
         self._required = required
-        self._registry = Registry(folder / REGISTRY, None, trusted=False)
+        self._registry = Registry(folder / REGISTRY, None, name)
 
-    def find(self, reference: Reference) -> tuple[Found | Broken, ...]:
+    def find(self, reference: Reference) -> list[Found]:
         """Find the adapters of a name: the folder may have one in files and a GGUF file beside it."""
         name = reference.name
         if problem := name_problem(name):
             raise NotKnown(problem)
         names = self._names()
-        try:
-            if bound := self._registry.get(name):
-                return (replace(bound, source=self.name),)
-        except Refused as error:
-            path = self._folder / REGISTRY
-            return (Broken(name=name, reference=name, source=self.name, path=path, error=error),)
-        found = tuple(self._entry(name, each) for each in names if composed(each) in (name, f"{name}.gguf"))
+        found = list(self._registry.known(name))
+        found = found or [self._entry(name, each) for each in names if composed(each) in (name, f"{name}.gguf")]
         if not found:
-            raise NotKnown(_not_listed(name, names))
+            others = [each for each in names if each.removesuffix(".gguf").casefold() == name.casefold()]
+            raise NotKnown(f"there is `{others[0]}`, in a different case" if others else "no such entry")
         return found
 
-    def known(self) -> Iterator[Found | Broken]:
+    def known(self) -> Iterator[Found]:
         """List all adapters in the folder."""
         try:
             names = self._names()
-        except NotKnown as reason:
-            if self._required:
-                yield Broken(source=self.name, path=self._folder, error=Refused(str(reason)))
-            return
-        except OSError as error:
-            yield Broken(source=self.name, path=self._folder, error=Refused(_error_text(error)))
+        except (NotKnown, OSError) as error:
+            if self._required or isinstance(error, OSError):
+                yield Found(source=self.name, path=self._folder, files=refusal(error))
             return
         bound = list(self._registry.known())
-        yield from (replace(each, source=self.name) for each in bound)
+        yield from bound
         taken = {each.name for each in bound}
-        for entry in names:
-            name = composed(entry).removesuffix(".gguf")
-            if name not in taken and name_problem(name) is None and self._may_be_adapter(entry):
-                yield self._entry(name, entry)
+        for each in names:
+            name = composed(each).removesuffix(".gguf")
+            if name not in taken and name_problem(name) is None and may_be_adapter(self._folder / each, self._folder):
+                yield self._entry(name, each)
 
-    def _entry(self, name: str, entry: str) -> Found | Broken:
+    def _entry(self, name: str, entry: str) -> Found:
         path = self._folder / entry
         try:
-            files = _locate_inside(path, self._folder)
-        except Refused as error:
-            refused = error
-        except OSError as error:
-            refused = Refused(_error_text(error))
-        else:
-            return Found(name=name, reference=name, source=self.name, path=path, files=files)
-        return Broken(name=name, reference=name, source=self.name, path=path, error=refused)
-
-    def _may_be_adapter(self, entry: str) -> bool:
-        """Return whether an entry is an adapter or a broken one, not something else that lies in the folder."""
-        path = self._folder / entry
-        try:
-            if is_outside(path, self._folder):
-                return True
-            return has_adapter(path, self._folder) if path.is_dir() else is_gguf_adapter(path, self._folder)
-        except OSError:
-            return True
+            files: Files | Refused = locate(path, within=self._folder)
+        except (Refused, OSError) as error:
+            files = refusal(error)
+        return Found(name=name, reference=name, source=self.name, path=path, files=files)
 
     def _names(self) -> list[str]:
         try:
@@ -297,46 +253,9 @@ class Folder:
             raise NotKnown("the folder does not exist") from None
 
 
-MARK: Final = re.compile(r"adapter_config\.json|adapter_model\..+|adapters\.(safetensors|npz)|checkpoint-\d+")
-"""Names that a folder with an adapter has, even if it is not usable."""
-
-
-def has_adapter(folder: Path, within: Path) -> bool:
-    """Return whether a folder contains an adapter, usable or not."""
-    names = list_folder(folder)
-    return any(MARK.fullmatch(each) for each in names) or any(is_gguf_adapter(folder / each, within) for each in names)
-
-
-def is_gguf_adapter(path: Path, within: Path) -> bool:
-    """Return whether a path is a GGUF adapter, usable or not: a file with that ending, but no model.
-
-    Converters write the type among the first keys; reading a model's whole head would take a tenth of a second.
-    """
-    if path.suffix != ".gguf":
-        return False
-    try:
-        with CheckedFile(path, within=within) as file:
-            start = file.peek(4096)
-    except Refused:
-        return True
-    return b"adapter" in start or b"general.architecture" not in start
-
-
-def _by_name(document: Mapping[str, object]) -> dict[str, Any]:
-    """Return the entries of a registry by composed names."""
-    entries = {composed(name): entry for name, entry in document.items()}
-    if len(entries) < len(document):
-        raise ValueError("two of its names differ only in their Unicode form")
-    return entries
-
-
-def _error_text(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _not_listed(name: str, names: Iterable[str]) -> str:
-    others = [each for each in names if each.removesuffix(".gguf").casefold() == name.casefold()]
-    return f"there is `{others[0]}`, in a different case" if others else "no such entry"
+def refusal(error: Exception) -> Refused:
+    """Return why something cannot be read."""
+    return error if isinstance(error, Refused) else Refused(getattr(error, "strerror", None) or str(error))
 
 
 class Binding(BaseModel):
@@ -360,82 +279,67 @@ class Registry:
         digest = "sha256:4b1f…"
         scale = 2.0
 
-    In the user's registry a path may lead anywhere. A folder's registry may come with a stranger's project: its paths
-    must stay in the folder. A registry that cannot be read might bind any name, so it refuses all names: otherwise
-    another adapter with that name could be found elsewhere.
+    In the user's registry a path may lead anywhere. A folder's registry, which has no hub, may come with a stranger's
+    project: its paths must stay in the folder. A registry that cannot be read might bind any name, so it refuses all
+    names: otherwise another adapter with that name could be found elsewhere.
     """
 
-    name = "registry"
     settles = True
 
-    def __init__(self, path: Path, hub: Hub | None, *, trusted: bool) -> None:
+    def __init__(self, path: Path, hub: Hub | None, name: str = USERS) -> None:
+        self.name = name
         self._path = path
         self._hub = hub
-        self._trusted = trusted
+        self._within = None if hub else path.parent
 
-    def find(self, reference: Reference) -> tuple[Found]:
+    def find(self, reference: Reference) -> list[Found]:
         """Find the files of a name."""
         if problem := name_problem(reference.name):
             raise NotKnown(problem)
-        if found := self.get(reference.name):
-            return (found,)
+        if found := list(self.known(reference.name)):
+            return found
         raise NotKnown(f"it is not in {self._path}")
 
-    def get(self, name: str) -> Found | None:
-        """Find the files of a name; return `None` if it is not bound.
-
-        Raises:
-            Refused: the files of a bound name, or the registry, cannot be read.
-        """
-        document = self._document()
-        return self._found(name, document[name]) if name in document else None
-
-    def known(self) -> Iterator[Found | Broken]:
-        """List all names, also those whose files do not exist."""
+    def known(self, wanted: str | None = None) -> Iterator[Found]:
+        """List all names or one, also if its files do not exist; or the registry itself if it cannot be read."""
         try:
             document = self._document()
         except Refused as error:
-            yield Broken(source=self.name, path=self._path, error=error)
+            yield Found(source=self.name, path=self._path, bound=True, files=error)
             return
         for name, entry in document.items():
-            try:
-                if problem := name_problem(name):
-                    raise Refused(problem)
-                yield self._found(name, entry)
-            except Refused as error:
-                yield Broken(name=name, reference=name, source=self.name, path=self._path, error=error)
+            if wanted in (None, name):
+                yield self._entry(name, entry)
 
     def _document(self) -> dict[str, Any]:
-        within = None if self._trusted else self._path.parent
         try:
             self._path.lstat()
-            with CheckedFile(self._path, within=within, limit=MAX_REGISTRY, empty=True) as file:
-                return _by_name(tomllib.loads(bytes(file.rest()).decode("utf-8")))
+            with CheckedFile(self._path, within=self._within, limit=MAX_REGISTRY, empty=True) as file:
+                document = tomllib.loads(bytes(file.rest()).decode("utf-8"))
+            entries = {composed(name): entry for name, entry in document.items()}
+            if len(entries) < len(document):
+                raise Refused("two of its names differ only in their Unicode form")
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (Refused, OSError, ValueError, RecursionError) as error:
             raise Refused(
-                f"{self._path}, which may bind that name, cannot be read: {_error_text(error)}",
-                "Fix it or move it away.",
+                f"{self._path}, which may bind that name, cannot be read: {refusal(error)}", "Fix it or move it away."
             ) from None
+        return entries
 
-    def _found(self, name: str, entry: object) -> Found:
-        binding = self._binding(name, entry)
+    def _entry(self, name: str, entry: object) -> Found:
+        path, stated = self._path, dict[str, Any]()
+        files: Files | Refused
         try:
+            if problem := name_problem(name):
+                raise Refused(problem)
+            binding = self._binding(name, entry)
             path, files = self._files(binding.path)
-        except (NotKnown, OSError) as error:
-            raise Refused(f"{self._path} binds it to `{binding.path[:200]}`: {_error_text(error)}") from None
-        return Found(
-            name=name,
-            reference=name,
-            source=self.name,
-            path=path,
-            files=files,
-            bound=True,
-            digest=binding.digest.removeprefix("sha256:") if binding.digest else None,
-            scale=binding.scale,
-            base_model=binding.base_model,
-        )
+            digest = binding.digest.removeprefix("sha256:") if binding.digest else None
+            stated = {"digest": digest, "scale": binding.scale, "base_model": binding.base_model}
+        except Refused as error:
+            files = error
+        return Found(name=name, reference=name, source=self.name, path=path, files=files, bound=True, **stated)
 
     def _binding(self, name: str, entry: object) -> Binding:
         if not isinstance(entry, Mapping):
@@ -453,14 +357,17 @@ class Registry:
             raise Refused(f"{self._path} has an invalid `{where}` in `[{name}]`: {first['msg']}") from None
 
     def _files(self, path: str) -> tuple[Path, Files]:
-        if path.startswith(HUB):
-            if self._hub is None:
-                raise Refused("only the user's registry may name a repository of Hugging Face")
-            (found,) = self._hub.find(Reference(text=path))
-            return found.path, found.files
-        folder = self._path.parent
-        whole = folder / (os.path.expanduser(path) if self._trusted else path)  # noqa: PTH111 - not at its beginning only
-        return whole, locate(whole) if self._trusted else _locate_inside(whole, folder)
+        try:
+            if path.startswith(HUB):
+                if self._hub is None:
+                    raise Refused("only the user's registry may name a repository of Hugging Face")
+                (found,) = self._hub.find(Reference(text=path))
+                return found.path, found.usable()
+            # Not at its beginning only.
+            whole = self._path.parent / (os.path.expanduser(path) if self._hub else path)  # noqa: PTH111
+            return whole, locate(whole, within=self._within)
+        except (NotKnown, OSError) as error:
+            raise Refused(f"{self._path} binds it to `{path[:200]}`: {refusal(error)}") from None
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -477,48 +384,40 @@ class Hub:
 
     def find(self, reference: Reference) -> tuple[Found]:
         """Find the files of a repository."""
-        if not reference.is_hub:
+        if not reference.text.startswith(HUB):
             raise NotKnown(f"it does not start with `{HUB}`")
-        owner, name, revision = split_repository(reference.text)
-        return (self._found(owner, name, revision),)
+        return (self._found(*split_repository(reference.text)),)
 
-    def known(self) -> Iterator[Found | Broken]:
+    def known(self) -> Iterator[Found]:
         """List all repositories that are adapters, in each revision that is here."""
-        for entry in self._names():
-            kind, *parts = entry.split("--", 2)
-            if kind == "models" and len(parts) == 2 and all(map(_is_hub_part, parts)):
-                yield from self._revisions(parts[0], parts[1], self._folder / entry)
-
-    def _revisions(self, owner: str, name: str, folder: Path) -> Iterator[Found | Broken]:
-        shown = set()
-        for revision in ("", *_refs(folder), *_list_names(folder / "snapshots")):
-            path = folder
-            try:
-                commit = revision if COMMIT.fullmatch(revision) else _commit(folder, revision or "main")
-                path = folder / "snapshots" / commit
-                if commit in shown or not path.is_dir() or not has_adapter(path, self._folder):
-                    continue  # Most repositories are models.
-                shown.add(commit)
-                yield self._found(owner, name, revision)
-            except NotKnown:
+        for entry in _list_names(self._folder):
+            match = REPOSITORY.fullmatch(entry.removeprefix("models--").replace("--", "/", 1))
+            if match is None or not entry.startswith("models--"):
                 continue
-            except (Refused, OSError) as error:
-                refused = error if isinstance(error, Refused) else Refused(_error_text(error))
-                text = f"{HUB}{owner}/{name}" + (f"@{revision}" if revision else "")
-                yield Broken(name=name, reference=text, source=self.name, path=path, error=refused)
+            folder, shown = self._folder / entry, set()
+            refs = [each for each in _list_names(folder / "refs") if each != "main" and REVISION.fullmatch(each)]
+            for revision in ("", *refs, *_list_names(folder / "snapshots")):
+                with suppress(NotKnown, Refused):  # What a reference means is not here.
+                    found = self._found(match[1], match[2], revision)
+                    if found.path not in shown and may_be_adapter(found.path, self._folder):
+                        shown.add(found.path)
+                        yield found
 
     def _found(self, owner: str, name: str, revision: str) -> Found:
         entry = f"models--{owner}--{name}"
         text = f"{owner}/{name}" + (f"@{revision}" if revision else "")
         pull = f"download it with `graftage adapters pull {text}`"
-        if entry not in self._names():
+        if entry not in _list_names(self._folder):
             raise NotKnown(f"{self._folder} does not have it; {pull}")
         folder = self._folder / entry
         commit = revision if COMMIT.fullmatch(revision) else _commit(folder, revision or "main")
         snapshot = folder / "snapshots" / commit
         if not snapshot.is_dir():
             raise NotKnown(f"{self._folder} does not have its revision {revision or 'main'}; {pull}")
-        files = self._located(snapshot, folder)
+        try:
+            files: Files | Refused = self._located(snapshot, folder)
+        except (Refused, OSError) as error:
+            files = refusal(error)
         return Found(name=name, reference=f"{HUB}{text}", source=self.name, path=snapshot, files=files)
 
     def _located(self, snapshot: Path, folder: Path) -> Files:
@@ -529,9 +428,6 @@ class Hub:
                 raise Refused(f"`{each.name}` leads out of its folder", "Download it again.")
         return files
 
-    def _names(self) -> list[str]:
-        return _list_names(self._folder)
-
 
 def _list_names(folder: Path) -> list[str]:
     try:
@@ -540,38 +436,12 @@ def _list_names(folder: Path) -> list[str]:
         return []
 
 
-def _refs(folder: Path) -> list[str]:
-    """List the branches and tags of a repository in the cache, without those that contain `/`."""
-    return [each for each in _list_names(folder / "refs") if each != "main" and _is_revision(each)]
-
-
 def split_repository(text: str) -> tuple[str, str, str]:
-    """Split `hf://owner/name@revision` into owner, name and revision, which may be empty.
-
-    Raises:
-        NotKnown: it has another form.
-    """
-    repository, _, revision = text.removeprefix(HUB).partition("@")
-    parts = repository.split("/")
-    if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
+    """Split `hf://owner/name@revision` into owner, name and revision, which may be empty; `NotKnown` if it cannot."""
+    match = REPOSITORY.fullmatch(text.removeprefix(HUB))
+    if match is None:
         raise NotKnown(f"`{HUB}` must be followed by `owner/name` or `owner/name@revision`")
-    return parts[0], parts[1], revision
-
-
-def _is_repository(text: str) -> bool:
-    try:
-        return bool(split_repository(text))
-    except NotKnown:
-        return False
-
-
-def _is_hub_part(text: str) -> bool:
-    return HUB_PART.fullmatch(text) is not None and ".." not in text and "--" not in text
-
-
-def _is_revision(text: str) -> bool:
-    """Return whether a text may be a branch, a tag, a commit, or a reference such as `refs/pr/1`."""
-    return len(text) <= MAX_REVISION and all(HUB_PART.fullmatch(part) and ".." not in part for part in text.split("/"))
+    return match[1], match[2], match[3] or ""
 
 
 def _commit(folder: Path, revision: str) -> str:
@@ -579,8 +449,7 @@ def _commit(folder: Path, revision: str) -> str:
     if not path.exists():
         raise NotKnown(f"its revision {revision} is not in the cache")
     with CheckedFile(path, within=folder, limit=1024) as file:
-        text = bytes(file.rest()).strip()
-    commit = text.decode("ascii", "replace")
+        commit = bytes(file.rest()).strip().decode("ascii", "replace")
     if not COMMIT.fullmatch(commit):
         raise Refused(f"`{path.name}` in the cache does not name a commit")
     return commit
@@ -588,10 +457,11 @@ def _commit(folder: Path, revision: str) -> str:
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapters.npz", "pytorch_model.bin")
 PART: Final = re.compile(r"(adapter_model|adapters?)[-_]\d{1,5}-of-\d{1,5}\.(safetensors|bin)")
+MARK: Final = re.compile(r"adapter_config\.json|adapter_model\..+|adapters\.(safetensors|npz)|checkpoint-\d+")
+"""Names that a folder with an adapter has, even if it is not usable."""
+IS_ADAPTER: Final = b"general.type" + struct.pack("<IQ", gguf.STRING, 7) + b"adapter"
 MAX_FOLDER: Final = 10_000
 """The most entries of a folder that are read."""
 
@@ -605,17 +475,46 @@ def is_outside(path: Path, folder: Path) -> bool:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """List the names in a folder, sorted; at most `MAX_FOLDER`."""
+    """List the names in a folder, sorted, without hidden ones; at most `MAX_FOLDER`."""
     with os.scandir(folder) as found:
-        return sorted(entry.name for entry in itertools.islice(found, MAX_FOLDER))
+        return sorted(each.name for each in itertools.islice(found, MAX_FOLDER) if not each.name.startswith("."))
+
+
+def may_be_adapter(path: Path, within: Path) -> bool:
+    """Return whether a path is an adapter or a broken one, not something else that lies in a folder."""
+    try:
+        if is_outside(path, within):
+            return True
+        if not path.is_dir():
+            return is_gguf_adapter(path, within)
+        return any(MARK.fullmatch(each) or is_gguf_adapter(path / each, within) for each in list_folder(path))
+    except OSError:
+        return True
+
+
+def is_gguf_adapter(path: Path, within: Path | None) -> bool:
+    """Return whether a path is a GGUF adapter, usable or not: a file with that ending, but no model.
+
+    Converters write the type among the first keys; reading a model's whole head would take a tenth of a second.
+    """
+    if path.suffix != ".gguf":
+        return False
+    try:
+        with CheckedFile(path, within=within) as file:
+            start = file.peek(4096)
+    except Refused:
+        return True
+    return IS_ADAPTER in start or b"general.architecture" not in start
 
 
 def locate(path: Path, within: Path | None = None) -> Files:
     """Find the files of the adapter at a path: a folder, its weights, or a GGUF file.
 
     Raises:
-        Refused: there is no usable adapter.
+        Refused: there is no usable adapter, or it leads out of the folder `within`.
     """
+    if within is not None and is_outside(path, within):
+        raise Refused(f"`{path.name}` leads out of its folder", f"Bind it by its path in the user's {REGISTRY}.")
     if path.name == CONFIG and path.is_file():
         path = path.parent
     if path.is_dir():
@@ -631,57 +530,42 @@ def _in_folder(folder: Path, within: Path | None) -> Files:
     weights = next((name for name in WEIGHTS.values() if name in names), None)
     if CONFIG in names and weights:
         return Files(weights=folder / weights, config=folder / CONFIG, within=within)
-    models = [name for name in names if name.endswith(".gguf")]
-    adapters = [name for name in models if is_adapter(folder / name, within)]
+    adapters = [name for name in names if is_gguf_adapter(folder / name, within)]
     if len(adapters) == 1:
         return Files(weights=folder / adapters[0], within=within)
     if adapters:
         raise Refused(f"the folder contains several adapters: {', '.join(adapters)}", "Name one of the files.")
-    for name in models:
-        CheckedFile(folder / name, within=within).close()  # It may say why it cannot be read.
-    raise _nothing_usable(folder, names, weights)
-
-
-def _nothing_usable(folder: Path, names: list[str], weights: str | None) -> Refused:
-    """Return why a folder contains no adapter, and the way out."""
     if weights:
-        return Refused(f"`{CONFIG}` with the scale is missing beside `{weights}`", "Put it into the folder.")
+        raise Refused(f"`{CONFIG}` with the scale is missing beside `{weights}`", "Put it into the folder.")
+    raise Refused(*_nothing_usable(folder, names))
+
+
+def _nothing_usable(folder: Path, names: list[str]) -> tuple[str, str]:
+    """Return why a folder contains no adapter, and the way out."""
     if parts := [name for name in names if PART.fullmatch(name)]:
         joined = WEIGHTS["mlx" if parts[0].startswith("adapters") else "peft"]
-        return Refused(
+        return (
             f"its weights are in parts, the first is `{parts[0]}`",
             f"Join them with the package safetensors: load each with `load_file`, and save all tensors as `{joined}`.",
         )
     if pickles := [name for name in names if name in PICKLES and "config.json" not in names]:
-        return Refused(
+        return (
             f"`{pickles[0]}` is a pickle, which can run code when it is read",
             "Save the adapter as safetensors, the default of every current trainer.",
         )
     if "config.json" in names or any(name.endswith(".gguf") for name in names):
-        return Refused("the folder contains a whole model, not an adapter", "Use it as the model instead.")
+        return "the folder contains a whole model, not an adapter", "Use it as the model instead."
     if saved := [name for name in names if name.endswith(f"_{WEIGHTS['mlx']}")]:
-        return Refused(
+        return (
             f"the folder contains only saved steps, the last is `{saved[-1]}`",
             f"Copy it to `{WEIGHTS['mlx']}`, beside {CONFIG}.",
         )
-    if inner := sorted((name for name in names if (folder / name / CONFIG).is_file()), key=_step):
-        what = "its checkpoints do" if inner[-1].startswith("checkpoint-") else "folders in it do"
-        return Refused(f"the folder contains no adapter, but {what}", f"Name the last one: `{folder / inner[-1]}`.")
-    return Refused(
+    inner = [name for name in names if (folder / name / CONFIG).is_file()]
+    if inner:
+        last = max(inner, key=lambda name: (int(re.sub(r"\D", "", name) or -1), name))
+        what = "its checkpoints do" if last.startswith("checkpoint-") else "folders in it do"
+        return f"the folder contains no adapter, but {what}", f"Name the last one: `{folder / last}`."
+    return (
         "the folder contains no adapter",
         f"It must contain {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
     )
-
-
-def _step(name: str) -> tuple[int, str]:
-    number = name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() and len(number) < 10 else -1, name
-
-
-def is_adapter(path: Path, within: Path | None) -> bool:
-    """Return whether a GGUF file is an adapter, not a model, which some trainers put beside it."""
-    try:
-        with CheckedFile(path, within=within) as file:
-            return read_head(file).is_adapter
-    except Refused:
-        return False

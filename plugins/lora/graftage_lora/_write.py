@@ -1,17 +1,17 @@
 """Writes adapters as GGUF files for servers, and base models with an adapter merged into them.
 
-**An adapter**: equal content gives an equal file. llama.cpp has one alpha per file and divides it by each pair's rank;
-if modules have different scales, the difference is folded into B. The file contains neither name nor time nor path.
+Equal content gives an equal adapter: it contains neither name nor time nor path. llama.cpp has one alpha per file and
+divides it by each pair's rank, so differing scales are folded into B.
 
-**A merged model** is written from start to end. Keys and values are copied byte for byte, and the merge adds its own.
-Untouched tensors are copied in blocks; touched ones are read in blocks of rows, changed and quantised again. Memory
-stays at a few blocks for any model. A coarse type would lose part of a small change, so changed tensors become Q8_0 by
+A merged model is written from start to end. Keys, values and untouched tensors are copied; touched tensors are read in
+blocks of rows, changed and quantised again. A coarse type would lose part of a small change, so they become Q8_0 by
 default; a tensor of floats keeps its type.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -20,10 +20,10 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
@@ -31,29 +31,40 @@ from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPE
 from graftage_lora._architectures import ARCHITECTURES, EMBEDDING, is_placed, no_row, why_misplaced
 from graftage_lora._files import CheckedFile, Refused
 from graftage_lora._lora import Array, Lora, Part, even_scale
-from graftage_lora._read import dequantize
+from graftage_lora._read import FLOATS, dequantize
 
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
+__all__ = ["DIGEST", "SCALE", "Step", "atomic_file", "encode", "merge", "store"]
 
+Value: TypeAlias = tuple[int, Any]
+"""A key's type and value."""
 STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
 
 
-def encode(lora: Lora, metadata: Mapping[str, object]) -> Iterator[bytes]:
-    """Encode an adapter as GGUF, in pieces, for a base model with this metadata.
-
-    Raises:
-        Refused: a module has no known name in such a model.
-    """
+def encode(lora: Lora, metadata: Mapping[str, object]) -> bytes:
+    """Encode an adapter as GGUF for a base model with this metadata; refuse modules without a known name there."""
     _check_placed(lora, metadata)
     alpha = Counter(part.scale * len(part.a) for part in lora.parts).most_common(1)[0][0]
     tensors: list[tuple[str, Array]] = []
     for part in lora.parts:
-        tensors += _halves(part, lora.rows(part, metadata), part.scale * len(part.a) / alpha)
-    return _file(_keys(lora, metadata, alpha), tensors)
+        a, b = part.a, even_scale(lora.rows(part, metadata), part.scale * len(part.a) / alpha)
+        if part.tensor == EMBEDDING:
+            a, b = b, a.T  # llama.cpp looks up rows of A by token, so the halves change places.
+        tensors += (f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", b)
+    values: dict[str, Value] = {
+        "general.architecture": (STRING, lora.facts.architecture or metadata["general.architecture"]),
+        "general.type": (STRING, "adapter"),
+        "adapter.type": (STRING, "lora"),
+        "adapter.lora.alpha": (FLOAT32, alpha),
+    }
+    if lora.facts.invocation:
+        values["adapter.alora.invocation_tokens"] = (ARRAY, lora.facts.invocation)
+    lines = [(name, data.shape[::-1], f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
+    data = [each.tobytes() + bytes(_padding(each.nbytes, ALIGNMENT)) for _, each in tensors]
+    return _encoded_head(3, len(values), _key_values(values), lines, ALIGNMENT) + b"".join(data)
 
 
 def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
@@ -64,87 +75,54 @@ def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
         raise Refused(no_row(architecture))
     for part in lora.parts:
         why = why_misplaced(part.module, part.tensor, row) if part.module and row else None
-        if why is None and not is_placed(part.tensor):
-            why = "is not a known module"
-        if why is not None:
-            raise Refused(f"`{(part.module or part.tensor)[:120]}` {why}")
-
-
-def _keys(lora: Lora, metadata: Mapping[str, object], alpha: float) -> dict[str, Value]:
-    architecture = lora.facts.architecture or metadata["general.architecture"]
-    keys = {
-        "general.architecture": Value(STRING, architecture),
-        "general.type": Value(STRING, "adapter"),
-        "adapter.type": Value(STRING, "lora"),
-        "adapter.lora.alpha": Value(FLOAT32, alpha),
-    }
-    if lora.facts.invocation:
-        keys["adapter.alora.invocation_tokens"] = Value(ARRAY, lora.facts.invocation)
-    return keys
-
-
-def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
-    a, rows = part.a, even_scale(rows, factor)
-    if part.tensor == EMBEDDING:
-        # llama.cpp looks up rows of A by token, so the halves change places.
-        a, rows = rows, a.T
-    return [(f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", np.ascontiguousarray(rows))]
+        if why or not is_placed(part.tensor):
+            raise Refused(f"`{(part.module or part.tensor)[:120]}` {why or 'is not a known module'}")
 
 
 # --- Atomic files ----------------------------------------------------------------------------------------------------
 
 
-def write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+@contextlib.contextmanager
+def atomic_file(out: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only once complete; leave nothing after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _delete_stale(out)
+    for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):  # Killed runs have left them.
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            fill(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(out)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return out
 
 
-def _delete_stale(out: Path) -> None:
-    """Delete partial files that killed runs have left."""
-    for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > STALE:
-                part.unlink()
-
-
-def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
-    """Keep a file in a folder under a name that ends with the start of its SHA-256, unless it exists."""
-    data = b"".join(content)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return _keep(folder / f"{name}-{sha256[:16]}.gguf", data)
-
-
-def store_folder(files: Mapping[str, bytes], folder: Path, name: str) -> Path:
-    """Keep files in a folder of their own, whose name ends with the start of a SHA-256 over them."""
+def store(content: bytes | Mapping[str, bytes], path: Path) -> Path:
+    """Keep a GGUF file, or a folder of files, whose name gets the start of a SHA-256 at its end."""
+    if isinstance(content, bytes):
+        return _keep(path.with_name(f"{path.name}-{hashlib.sha256(content).hexdigest()[:16]}.gguf"), content)
     found = hashlib.sha256()
-    for each, data in sorted(files.items()):
+    for each, data in sorted(content.items()):
         found.update(f"{each} {len(data)}\n".encode() + data)
-    path = folder / f"{name}-{found.hexdigest()[:16]}"
-    for each, data in files.items():
-        _keep(path / each, data)
-    return path
+    folder = path.with_name(f"{path.name}-{found.hexdigest()[:16]}")
+    for each, data in content.items():
+        _keep(folder / each, data)
+    return folder
 
 
 def _keep(path: Path, data: bytes) -> Path:
     """Write a file unless it has this content: it may have been cut or changed since it was written."""
-    try:
-        with path.open("rb") as file:
-            known = os.fstat(file.fileno()).st_size == len(data) and file.read(len(data)) == data
-    except OSError:
-        known = False
-    return path if known else write_atomically(path, lambda file: file.write(data))
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == len(data) and path.read_bytes() == data:
+            return path
+    with atomic_file(path) as file:
+        file.write(data)
+    return path
 
 
 # --- Merged models ---------------------------------------------------------------------------------------------------
@@ -153,23 +131,15 @@ VERSION: Final = 1
 """The version of the merge; increase it when the same input gives a different file."""
 DIGEST: Final = "graftage.adapter.digest"
 SCALE: Final = "graftage.adapter.scale"
-TYPE: Final = "graftage.merge.type"
-MERGE_KEYS: Final = (DIGEST, SCALE, TYPE, "graftage.merge.version")
-"""The keys that mark a merged model; servers show them."""
 BLOCK: Final = 4 << 20
 """Numbers, or bytes of an untouched tensor, to process at once."""
 SPARE: Final = 64 << 20
 """Bytes to leave free on the disk."""
-FLOATS: Final = ("F32", "F16", "BF16")
 HALF_LIMIT: Final = 65504.0
 """The largest F16; Q8_0 multiplies it by up to 127."""
 FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
 
-Progress = Callable[[int, int], None]
-
-
-class DiskFull(Exception):
-    """The file does not fit on the disk."""
+Step: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,70 +153,50 @@ class _Job:
     """The part that changes it, and that part's B in the order of the file."""
 
 
-def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
-    """Return the keys that a merge adds."""
-    values = (
-        Value(STRING, digest),
-        Value(FLOAT32, lora.facts.scale),
-        Value(STRING, kind),
-        Value(UINT32, VERSION),
-    )
-    return dict(zip(MERGE_KEYS, values, strict=True))
+def merge(base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str) -> Iterator[Step]:
+    """Write the merged model step by step; yield the bytes written and the total before each.
 
-
-def merge(
-    base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str, on_progress: Progress
-) -> Path:
-    """Write the merged model; an error of `on_progress` stops the merge and is raised.
-
-    Args:
-        base: the base model's file.
-        header: its head.
-        lora: the adapter; it must fit.
-        out: where to write.
-        digest: the adapter's digest.
-        kind: the type of touched quantised tensors: `Q8_0` or `F16`.
-        on_progress: called with the bytes written and the total.
+    The adapter must fit the base model. Touched quantised tensors get the type `kind`: `Q8_0` or `F16`.
 
     Raises:
         Refused: the adapter or the base model cannot be merged.
-        DiskFull: the merged model does not fit on the disk.
+        OSError: the merged model does not fit on the disk.
     """
-    _check(header, lora)
+    added = {  # They mark a merged model; servers show them.
+        DIGEST: (STRING, digest),
+        SCALE: (FLOAT32, lora.facts.scale),
+        "graftage.merge.type": (STRING, kind),
+        "graftage.merge.version": (UINT32, VERSION),
+    }
+    _check(header, lora, added)
     parts = {part.tensor: part for part in lora.parts}
     jobs = [_job(tensor, parts.get(tensor.name), lora, header.metadata, kind) for tensor in header.tensors.values()]
-    head = _head(base, header, jobs, _merge_keys(digest, lora, kind))
+    lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
+    keys = base.read_at(START_SIZE, header.keys_end - START_SIZE) + _key_values(added)
+    head = _encoded_head(header.version, len(header.metadata) + len(added), keys, lines, header.alignment)
     total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
-    _check_disk(out, total)
-
-    def fill(file: IO[bytes]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < total + SPARE:
+        raise OSError(errno.ENOSPC, f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
+    with atomic_file(out) as file:
         done = file.write(head)
         for data in _tensor_data(base, header, jobs):
-            on_progress(done, total)
+            yield done, total
             done += file.write(data)
-        on_progress(done, total)
-
-    write_atomically(out, fill)
-    return out
+        yield done, total
 
 
-def _check(header: Header, lora: Lora) -> None:
+def _check(header: Header, lora: Lora, added: Mapping[str, Value]) -> None:
     if lora.facts.invocation:
         raise Refused("it acts only after its invocation tokens, but merged it would always act")
-    if present := [key for key in MERGE_KEYS if key in header.metadata]:
+    if present := [key for key in added if key in header.metadata]:
         raise Refused(f"the base model already contains an adapter (`{present[0]}`)", "Use the plain model.")
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise Refused(
             "the base model is split into several files (`split.count`)", "Join them with `llama-gguf-split`."
         )
     _check_placed(lora, header.metadata)
-
-
-def _check_disk(out: Path, total: int) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < total + SPARE:
-        raise DiskFull(f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
 
 
 def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, object], kind: str) -> _Job:
@@ -261,58 +211,35 @@ def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, o
     return _Job(tensor=tensor, kind=kind, size=size, change=(part, lora.rows(part, metadata)))
 
 
-def _head(base: CheckedFile, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
-    lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
-    head = b"".join(
-        (
-            _start(header.version, len(jobs), len(header.metadata) + len(added)),
-            base.read_at(START_SIZE, header.keys_end - START_SIZE),
-            _key_values(added),
-            _table(lines, header.alignment),
-        )
-    )
-    return head + bytes(_padding(len(head), header.alignment))
-
-
 def _tensor_data(base: CheckedFile, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
     for job in jobs:
-        yield from _copied(base, job.tensor) if job.change is None else _merged_rows(base, job, *job.change)
+        if job.change:
+            yield from _merged_rows(base, job, *job.change)
+        else:
+            for at in range(0, job.size, BLOCK):
+                yield base.read_at(job.tensor.offset + at, min(BLOCK, job.size - at))
         yield bytes(_padding(job.size, header.alignment))
     if not base.unchanged():
         raise Refused("the base model's file changed while it was read")
 
 
-def _copied(base: CheckedFile, tensor: Tensor) -> Iterator[bytes]:
-    for position in range(0, tensor.size, BLOCK):
-        yield base.read_at(tensor.offset + position, min(BLOCK, tensor.size - position))
-
-
 def _merged_rows(base: CheckedFile, job: _Job, part: Part, rows: Array) -> Iterator[bytes]:
+    from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
+
     inputs, outputs = job.tensor.shape
     width = bytes_of(job.tensor.kind, inputs)
     step = max(1, BLOCK // inputs)
     a = part.a.astype(np.float32) * np.float32(part.scale)
+    limit = min(HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf), FLOAT_LIMIT)
     for row in range(0, outputs, step):
         count = min(step, outputs - row)
         block = dequantize(job.tensor, base.read_at(job.tensor.offset + row * width, count * width))
-        yield _quantize(_add_change(block, rows[row : row + count].astype(np.float32), a, job), job.kind)
-
-
-def _add_change(block: Array, b: Array, a: Array, job: _Job) -> Array:
-    with np.errstate(all="ignore"):
-        block = block + b @ a
-    limit = HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf)
-    # The comparison is false for NaN, too.
-    if not np.abs(block).max() <= min(limit, FLOAT_LIMIT):
-        raise Refused(f"the changed `{job.tensor.name}` exceeds what its type can hold")
-    return block
-
-
-def _quantize(rows: Array, kind: str) -> bytes:
-    """Convert rows of F32 to a type of floats, or to Q8_0."""
-    from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
-
-    return quants.quantize(rows, GGMLQuantizationType[kind]).tobytes()
+        with np.errstate(all="ignore"):
+            block = block + rows[row : row + count].astype(np.float32) @ a
+        # The comparison is false for NaN, too.
+        if not np.abs(block).max() <= limit:
+            raise Refused(f"the changed `{job.tensor.name}` exceeds what its type can hold")
+        yield quants.quantize(block, GGMLQuantizationType[job.kind]).tobytes()
 
 
 # --- The parts of a GGUF file ----------------------------------------------------------------------------------------
@@ -327,19 +254,9 @@ def _padding(position: int, alignment: int) -> int:
     return -position % alignment
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A key's value with its type."""
-
-    kind: int
-    data: Any
-
-
 def _key_values(values: Mapping[str, Value]) -> bytes:
     """Encode keys and values."""
-    return b"".join(
-        _text(key) + struct.pack("<I", value.kind) + _encoded(value.kind, value.data) for key, value in values.items()
-    )
+    return b"".join(_text(key) + struct.pack("<I", kind) + _encoded(kind, data) for key, (kind, data) in values.items())
 
 
 def _encoded(kind: int, data: Any) -> bytes:
@@ -355,26 +272,14 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _table(tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: int) -> bytes:
-    """Encode a table of tensors (name, shape, type, size) whose data follow each other."""
-    lines = []
+def _encoded_head(
+    version: int, count: int, keys: bytes, tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: int
+) -> bytes:
+    """Encode all before the data: keys, and a table of tensors (name, shape, type, size) that follow each other."""
+    pieces = [MAGIC, struct.pack("<IQQ", version, len(tensors), count), keys]
     offset = 0
     for name, shape, kind, size in tensors:
-        lines.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], offset))
+        pieces += _text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], offset)
         offset += size + _padding(size, alignment)
-    return b"".join(lines)
-
-
-def _start(version: int, tensors: int, keys: int) -> bytes:
-    """Encode the first `START_SIZE` bytes of a file."""
-    return MAGIC + struct.pack("<IQQ", version, tensors, keys)
-
-
-def _file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
-    """Encode a whole file of F32 and F16 arrays, in pieces."""
-    lines = [(name, tuple(reversed(data.shape)), f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
-    head = _start(3, len(tensors), len(values)) + _key_values(values) + _table(lines, ALIGNMENT)
-    yield head + bytes(_padding(len(head), ALIGNMENT))
-    for _, data in tensors:
-        yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
-        yield bytes(_padding(data.nbytes, ALIGNMENT))
+    head = b"".join(pieces)
+    return head + bytes(_padding(len(head), alignment))
