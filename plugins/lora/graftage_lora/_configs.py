@@ -58,7 +58,7 @@ def read_config(files: Files) -> Config:
             layout="peft",
             scale=_peft_scales(found),
             base_model=_base(found),
-            invocation=invocation_tokens(found.get("alora_invocation_tokens")),
+            invocation=_invocation(found),
             targets=_peft_targets(found),
         )
     if mlx:
@@ -67,9 +67,18 @@ def read_config(files: Files) -> Config:
             layout="mlx",
             scale=_mlx_scales(found, parameters),
             base_model=_base(found),
+            invocation=_invocation(found),
             targets=_mlx_targets(found, parameters),
         )
     raise Refused("its configuration is neither PEFT's (`peft_type`) nor mlx-lm's (`lora_parameters`)")
+
+
+def _invocation(config: Mapping[str, object]) -> tuple[int, ...]:
+    found = invocation_tokens(config.get("alora_invocation_tokens"))
+    if config.get("invocation_string") and not found:
+        reason = "`invocation_string` is set: it acts only after a text, whose tokens are missing"
+        raise Refused(reason, "Convert it by llama.cpp's `convert_lora_to_gguf.py`, which adds the tokens.")
+    return found
 
 
 def _base(config: Mapping[str, object]) -> str | None:

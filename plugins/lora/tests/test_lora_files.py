@@ -157,7 +157,8 @@ class TestConfiguration:
             place.resolve(folder)
 
     def test_activated_adapter_is_never_merged(self, place: Place) -> None:
-        found = place.resolve(write_peft(place.folder / "given", pairs(place.model), alora_invocation_tokens=[1, 2, 3]))
+        tokens = {"alora_invocation_tokens": [1, 2, 3], "invocation_string": "<|certainty|>"}
+        found = place.resolve(write_peft(place.folder / "given", pairs(place.model), **tokens))
         assert found.facts.invocation == (1, 2, 3)
         base = place.model.write(place.folder / "base.gguf")
         with pytest.raises(AdapterUnsupported, match="invocation tokens"):

@@ -209,6 +209,7 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "a pattern's rank of 0": ("rank_pattern", {**CONFIG, "rank_pattern": {"q_proj": 0}}),
     "a pattern's alpha of NaN": ("alpha_pattern", {**CONFIG, "alpha_pattern": {"q_proj": "x"}}),
     "tokens that are texts": ("invocation", {**CONFIG, "alora_invocation_tokens": ["a"]}),
+    "a text instead of tokens": ("acts only after a text", {**CONFIG, "invocation_string": "<|certainty|>"}),
     "negative tokens": ("invocation", {**CONFIG, "alora_invocation_tokens": [-1]}),
     "tokens that are a number": ("invocation", {**CONFIG, "alora_invocation_tokens": 7}),
     "DoRA of mlx-lm": ("fine_tune_type", {"fine_tune_type": "dora", "lora_parameters": {"rank": 2}}),
