@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from graftage.types import ModelInfo
 
@@ -41,7 +41,9 @@ VARIANTS: Final = _words(
 SIZES: Final = _words("large lite medium micro mini nano small tiny")
 UNVERSIONED: Final = _words("falcon gemma internlm llama olmo smollm")
 """Families whose first generation has no number in its name."""
-QUANTISED: Final = re.compile(r"\b(i?q\d(_[0-9a-z]+)*|[bf]p?f?16|fp?(8|32)|int[48]|nf4|[2-8]bit|w\da\d+|latest)\b")
+QUANTISED: Final = re.compile(
+    r"(?<![a-z\d])(i?q\d(_[0-9a-z]+)*|[bf]p?f?16|fp?(8|32)|int[48]|nf4|([2-8]|16|32)bit|w\da\d+|latest)(?![a-z\d])"
+)
 DECIMAL: Final = re.compile(r"(?<=\d)_(?=\d)|(?<![\d.]\d)(?<=\d)-(?=\d(?![\d._]*[bm\d._]))")
 """What stands for the point of a number in names without points: `llama-3_2-1b`, `llama-3-2-1b`."""
 LONGEST: Final = 500
@@ -93,7 +95,7 @@ class Name:
 
 def name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:
     """Return a warning for each stated name that surely names a different model than the base model's names."""
-    known = (base.name, base.parent, base.metadata.get("general.basename"), base.metadata.get("general.name"))
+    known = (base.name, base.parent, _joined_name(base.metadata), base.metadata.get("general.name"))
     names = [read_name(each) for each in known if isinstance(each, str)]
     clear = [each for each in names if each.family or each.size]
     return tuple(
@@ -101,6 +103,13 @@ def name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, .
         for each in dict.fromkeys(filter(None, stated))
         if clear and all(read_name(each).differs(name) for name in clear)
     )
+
+
+def _joined_name(metadata: Mapping[str, object]) -> str | None:
+    """Return the name that llama.cpp's converter has split; the counted size alone would be no name."""
+    found = [metadata.get(f"general.{key}") for key in ("basename", "finetune", "size_label", "version")]
+    parts = [each for each in found if isinstance(each, str)]
+    return " ".join(parts) if found[0] in parts and read_name(parts[0]).family else None
 
 
 def read_name(text: str) -> Name:
@@ -136,8 +145,8 @@ def _version(words: list[str], family: str | None) -> str | None:
     if family is None:
         return None
     for each in words[words.index(family) + 1 :]:
-        if re.fullmatch(r"\d+(\.\d+)*", each):
-            return each.removesuffix(".0") if not DATE.fullmatch(each) else None
+        if re.fullmatch(r"\d{1,2}(\.\d+)*", each):  # Longer ones are dates.
+            return each.removesuffix(".0")
         if each not in SIZES:
             break
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from gguf.metadata import Metadata
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,6 +121,10 @@ SAME = """
     tiiuae/Falcon3-7B-Instruct | falcon3:7b
     google/gemma-3-12b-it-qat-q4_0-unquantized | gemma3:12b
     TheBloke/Llama-2-7B-Chat-GPTQ | llama2:7b-chat
+    /home/me/out/llama-20240612 | llama3.1:8b
+    ./output/gemma-2024-06-01 | gemma2:9b
+    llama_16bit | llama3.2:1b
+    qwen-16bit-merged | qwen2.5:7b
     ./smollm2-135m-finetuned | smollm2:135m
     ./output/merged | qwen2.5:7b
     ./output/checkpoint-500 | llama3.1:8b
@@ -143,6 +148,19 @@ def warned(stated: str, base: str, **facts: object) -> bool:
     return bool(name_warnings([stated], ModelInfo(name=base, metadata=facts)))
 
 
+def converted(text: str) -> list[tuple[str, dict[str, object]]]:
+    """Each name of a table with the keys that llama.cpp's converter writes for the repository beside it."""
+    found = []
+    for pair in table(text):
+        for stated, base in (pair, pair[::-1]):
+            if base.count("/") == 1 and ":" not in base and not base.startswith((".", "/")):
+                title, _, basename, finetune, version, size = Metadata.get_model_id_components(base)
+                facts = {"name": title and Metadata.id_to_title(title), "basename": basename, "finetune": finetune}
+                facts |= {"version": version, "size_label": size}
+                found.append((stated, {f"general.{key}": value for key, value in facts.items() if value}))
+    return found
+
+
 class TestNames:
     def test_different_models_warn(self) -> None:
         missed = [each for each in table(DIFFERENT) if not (warned(*each) and warned(*reversed(each)))]
@@ -151,6 +169,13 @@ class TestNames:
     def test_equal_or_unclear_names_are_silent(self) -> None:
         found = [each for each in [*table(SAME), (CACHE, "qwen2.5:7b")] if warned(*each) or warned(*reversed(each))]
         assert found == []
+
+    def test_converted_models_are_compared_alike(self) -> None:
+        missed = [(stated, facts) for stated, facts in converted(DIFFERENT) if not warned(stated, "mine", **facts)]
+        found = [(stated, facts) for stated, facts in converted(SAME) if warned(stated, "mine", **facts)]
+        assert (missed, found) == ([], [])
+        counted = {"general.basename": "merged", "general.name": "Merged", "general.size_label": "494M"}
+        assert not warned("Qwen/Qwen2.5-0.5B", "mine", **counted)
 
     def test_metadata_speaks_for_unclear_name(self) -> None:
         facts = {"general.basename": "Qwen2.5", "general.name": "Qwen2.5 7B Instruct"}
