@@ -104,6 +104,7 @@ class Resolver:
         """Describe an adapter, or what is wrong with it; `settled` means that its name finds it."""
         path = found.path.absolute()
         info = AdapterInfo(name=found.name, reference=found.reference, source=found.source, path=path)
+        pin = ""
         try:
             facts, digest = self.facts(found, base)
             _require_digest(found.digest, digest, facts)
@@ -115,13 +116,14 @@ class Resolver:
                 rank=Counter(each.rank for each in facts.shapes).most_common(1)[0][0],
                 verdict=self._verdict(facts, base, found.base_model),
             )
+            pin = info.digest or f"sha256:{facts.sha256}"
         except (Refused, OSError) as error:
             why = refusal(error)
             info = replace(info, problem=f"{why}. {why.hint}".strip())
         if not found.name or found.reference != found.name or (settled and is_plain(found.name)):
             return info
-        if info.digest and (found.bound or not self.settings.paths):
-            return replace(info, reference=f"{found.name}@{info.digest[:PINNED]}")
+        if pin and (found.bound or not self.settings.paths):
+            return replace(info, reference=f"{found.name}@{pin[:PINNED]}")
         # A slash at its end keeps the end of a name from being read as a digest.
         return replace(info, reference=f"{path}" + ("" if is_plain(f"{path}") else "/"))
 

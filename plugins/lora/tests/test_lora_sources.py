@@ -118,6 +118,16 @@ class TestAmbiguous:
         for each in mine:
             assert place.resolve(each.reference, **settings).digest == each.digest
 
+    @pytest.mark.parametrize("paths", [True, False])
+    def test_without_model_reference_keeps_scale(self, place: Place, *, paths: bool) -> None:
+        settings = {**two(place), "paths": paths}
+        write_gguf(place.folder / "x" / "file.gguf", place.model, pairs(place.model, seed=3))
+        (place.folder / "x" / "adapters.toml").write_text('[mine]\npath = "file.gguf"\nscale = 0.25\n', "utf-8")
+        found = list(place.plugin(**settings).list_adapters(ListAdaptersRequest()))
+        (mine,) = (each for each in found if each.name == "mine" and each.path.name == "file.gguf")
+        assert mine.digest is None
+        assert place.resolve(mine.reference, **settings).scale == 0.25
+
     def test_unicode_forms_are_one_name(self, place: Place) -> None:
         settings = forms(place)
         with pytest.raises(AdapterInvalid, match="ambiguous"):
