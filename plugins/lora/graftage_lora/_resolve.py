@@ -31,7 +31,7 @@ from graftage_lora._files import CheckedFile, Refused, read_head
 from graftage_lora._lora import STATUSES, Facts, Lora, head_count, is_reordered, judge
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
-from graftage_lora._sources import USERS, Found, Hub, NotKnown, Reference, chain, parse, refusal
+from graftage_lora._sources import USERS, Found, Hub, NotKnown, Reference, chain, may_be_adapter, parse, refusal
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
@@ -138,6 +138,8 @@ class Resolver:
                 reasons.append(f"{source.name}: {refusal(error)}")
             if found and source.settles:
                 break
+        if len(found) > 1:  # What else lies in a folder is only a reason if nothing has the name.
+            found = [each for each in found if each.bound or may_be_adapter(each.path, each.path.parent)] or found
         return found, reasons
 
     def _chosen(self, found: Sequence[Found], reference: Reference, request: ResolveRequest) -> FileAdapter:

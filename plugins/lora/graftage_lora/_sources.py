@@ -41,6 +41,7 @@ __all__ = [
     "Reference",
     "Source",
     "chain",
+    "may_be_adapter",
     "name_problem",
     "parse",
     "refusal",

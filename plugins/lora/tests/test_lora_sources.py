@@ -181,6 +181,25 @@ class TestAmbiguous:
         (good,) = (each for each in listed(place, **settings) if not each.problem)
         assert place.resolve(f"mine@{good.digest}", **settings).digest == good.digest
 
+    @pytest.mark.parametrize("what", ["a model", "an empty folder", "a folder of notes", "a text"])
+    def test_what_is_no_adapter_is_no_rival(self, place: Place, what: str) -> None:
+        settings = two(place)
+        rival = place.folder / "x" / "mine"
+        shutil.rmtree(rival)
+        if what == "a model":
+            place.model.write(rival.with_suffix(".gguf"))
+        elif what == "a text":
+            rival.write_text("notes", encoding="utf-8")
+        else:
+            rival.mkdir()
+            if what == "a folder of notes":
+                (rival / "README.md").write_text("notes", encoding="utf-8")
+        assert [(each.reference, each.problem) for each in listed(place, **settings)] == [("mine", None)]
+        assert place.resolve("mine", **settings).verdict.status == "compatible"
+        shutil.rmtree(place.folder / "y" / "mine")
+        with pytest.raises(AdapterInvalid, match=r"whole model|no adapter|neither"):
+            place.resolve("mine", **settings)
+
     def test_looking_shows_first_and_use_is_refused(self, place: Place) -> None:
         settings = two(place)
         found = look(place, "mine", **settings)
