@@ -160,8 +160,8 @@ class _Download:
         kind, words = AdapterError, f"The download of {where} failed ({type(error).__name__})."
         hint = "Check the network and HF_ENDPOINT."
         if isinstance(error, kinds.GatedRepoError):
-            address = f"{self._endpoint or 'https://huggingface.co'}/{self.label}"
-            words, hint = f"{where} is gated.", f"Ask for access at {address}, then {LOGIN}."
+            host = "$HF_ENDPOINT" if self._endpoint else "https://huggingface.co"  # It may contain a password.
+            words, hint = f"{where} is gated.", f"Ask for access at {host}/{self.label}, then {LOGIN}."
         elif isinstance(error, (kinds.RepositoryNotFoundError, kinds.HFValidationError)):
             kind, words = AdapterNotFound, f"The hub has no repository {where}, or it is private."
             hint = f"Check its name. If it is private, {LOGIN}."

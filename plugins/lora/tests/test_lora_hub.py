@@ -355,7 +355,7 @@ ANSWERS: dict[str, tuple[int, str, type[Exception], str]] = {
     "no repository": (404, "RepoNotFound", AdapterNotFound, "HF_TOKEN"),
     "no access": (401, "", AdapterError, "denies access"),
     "forbidden": (403, "", AdapterError, "denies access"),
-    "gated": (403, "GatedRepo", AdapterError, f"Ask for access at http.*{STYLE}"),
+    "gated": (403, "GatedRepo", AdapterError, rf"Ask for access at \$HF_ENDPOINT/{STYLE}"),
     "no revision": (404, "RevisionNotFound", AdapterNotFound, "has no revision"),
     "broken": (400, "", AdapterError, "answered 400"),
 }
@@ -381,6 +381,13 @@ class TestRefusals:
         shown = f"{caught.value!r} {caught.value.__cause__!r} {caplog.text}"
         assert TOKEN not in shown
         assert "resolve" not in shown
+
+    def test_password_of_endpoint_is_hidden(self, place: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("//", "//user:S3cret@"))
+        for hub.status, hub.code, kind, words in ANSWERS.values():
+            with pytest.raises(kind, match=words) as caught:
+                pull(place)
+            assert "S3cret" not in repr(caught.value)
 
     def test_missing_repository_and_revision(self, place: Place, hub: Hub) -> None:
         with pytest.raises(AdapterNotFound, match="no repository `someone/nothing`"):
