@@ -155,7 +155,7 @@ def converted(text: str) -> list[tuple[str, dict[str, object]]]:
         for stated, base in (pair, pair[::-1]):
             if base.count("/") == 1 and ":" not in base and not base.startswith((".", "/")):
                 title, _, basename, finetune, version, size = Metadata.get_model_id_components(base)
-                facts = {"name": title and Metadata.id_to_title(title), "basename": basename, "finetune": finetune}
+                facts = {"name": title and title.replace("-", " "), "basename": basename, "finetune": finetune}
                 facts |= {"version": version, "size_label": size}
                 found.append((stated, {f"general.{key}": value for key, value in facts.items() if value}))
     return found
