@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["CONFIG", "WEIGHTS", "CheckedFile", "Files", "Refused", "read_head"]
+__all__ = ["CONFIG", "MORE", "WEIGHTS", "CheckedFile", "Files", "Refused", "read_head"]
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
@@ -25,8 +25,7 @@ ADAPTER_HEAD: Final = 1 << 22
 # Without O_NONBLOCK, opening a named pipe would wait forever for its other end. The path is resolved before it is
 # checked and opened; O_NOFOLLOW refuses a link that appears in between.
 FLAGS: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
-
-
+MORE: Final = "Raise `GRAFTAGE_LORA_MAX_BYTES` to allow it."
 POINTER: Final = b"version https://git-lfs.github.com/"
 
 
@@ -75,12 +74,14 @@ def _open(path: Path, within: Path | None) -> int:
 class CheckedFile:
     """A file that is read from start to end, at most as far as its first size, and hashed on the way.
 
+    `more` is the hint for a file above `limit` bytes.
+
     Raises:
         Refused: it is not a regular file, is too large, leaves its folder, stands for another file, or cannot be read.
     """
 
     def __init__(
-        self, path: Path, *, within: Path | None = None, limit: int | None = None, empty: bool = False
+        self, path: Path, *, within: Path | None = None, limit: int | None = None, more: str = "", empty: bool = False
     ) -> None:
         self.name = path.name
         self.position = 0
@@ -89,7 +90,7 @@ class CheckedFile:
         try:
             self.state = os.fstat(descriptor)
             self.size = self.state.st_size
-            self._check(limit, empty=empty)
+            self._check(limit, more, empty=empty)
             self._file = os.fdopen(descriptor, "rb")
         except BaseException:
             os.close(descriptor)
@@ -100,7 +101,7 @@ class CheckedFile:
                 f"`{self.name}` is a Git LFS pointer, not the file itself", "Run `git lfs pull` in its folder."
             )
 
-    def _check(self, limit: int | None, *, empty: bool) -> None:
+    def _check(self, limit: int | None, more: str, *, empty: bool) -> None:
         if not stat.S_ISREG(self.state.st_mode):
             raise Refused(f"`{self.name}` is not a regular file")
         if self.size == 0 and not empty:
@@ -108,7 +109,7 @@ class CheckedFile:
         if limit is not None and self.size > limit:
             raise Refused(
                 f"`{self.name}` has {self.size:,} bytes; at most {limit:,} are allowed",
-                "Raise `GRAFTAGE_LORA_MAX_BYTES` to allow it.",
+                more,
             )
 
     @property

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from graftage.exceptions import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnsupported, GraftageError
 from graftage.types import AdapterInfo, PullProgress
-from graftage_lora._files import CONFIG, WEIGHTS, Refused
+from graftage_lora._files import CONFIG, MORE, WEIGHTS, Refused
 from graftage_lora._resolve import Resolver, is_lasting, is_plain, refused_adapter
 from graftage_lora._sources import COMMIT, HUB, PICKLES, NotKnown, name_problem, parse, refusal, split_repository
 from graftage_lora._write import atomic_file
@@ -86,7 +86,7 @@ class _Download:
             total = sum(sizes[each] for each in files)
             if total > self._settings.max_bytes:
                 reason = f"it has {total:,} bytes; at most {self._settings.max_bytes:,} are allowed"
-                raise Refused(reason, "Raise `GRAFTAGE_LORA_MAX_BYTES` to allow it.")
+                raise Refused(reason, MORE)
             done = 0
             for each in files:
                 self._fetch(each, commit, done, sizes[each], total)

@@ -1,12 +1,13 @@
 """Reads PEFT, MLX and GGUF adapters into one form, and refuses what it cannot read correctly.
 
 Each file is opened once, its head is checked before anything is read by it, and checks, hash and weights come from the
-same descriptor. Memory is bounded by the file's size. Pickles are never read, and paths in a configuration are never
-followed.
+same descriptor. Memory is bounded by a few times `max_bytes`. Pickles are never read, and paths in a configuration are
+never followed.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,7 @@ from graftage_lora._configs import (
     parse_json,
     read_config,
 )
-from graftage_lora._files import CheckedFile, Files, Refused, read_head
+from graftage_lora._files import MORE, CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Array, Facts, Lora, Part, checked_scale
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def read(files: Files, *, max_bytes: int, leave_out_vision: bool) -> Lora:
     Raises:
         Refused: it is malformed, unsafe or not supported.
     """
-    with CheckedFile(files.weights, within=files.within, limit=max_bytes) as file:
+    with CheckedFile(files.weights, within=files.within, limit=max_bytes, more=MORE) as file:
         start = file.peek(8)
         if files.config is None and start.startswith(MAGIC):
-            return _read_gguf(file)
+            return _read_gguf(file, max_bytes)
         _refuse_pickle(start, file.name)
         if files.config is None:
             raise Refused(f"`{file.name}` is neither safetensors nor GGUF")
@@ -251,7 +252,7 @@ def _check_ranges(entries: Mapping[str, Entry], size: int) -> None:
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _read_gguf(file: CheckedFile) -> Lora:
+def _read_gguf(file: CheckedFile, max_bytes: int) -> Lora:
     header = read_head(file)
     keys = header.metadata
     if not header.is_adapter:
@@ -260,6 +261,9 @@ def _read_gguf(file: CheckedFile) -> Lora:
         raise Refused(f"`adapter.type` must be lora, not {str(keys.get('adapter.type'))[:40]}")
     if not header.architecture:
         raise Refused("its `general.architecture` is missing")
+    decoded = sum(4 * math.prod(each.shape) for each in header.tensors.values() if each.kind not in FLOATS)
+    if decoded > max_bytes:
+        raise Refused(f"its quantised tensors have {decoded:,} bytes as F32; at most {max_bytes:,} are allowed", MORE)
     halves, skipped = _gguf_halves(file, header)
     alpha = keys.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not is_finite(alpha):

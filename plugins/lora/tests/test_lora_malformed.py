@@ -444,6 +444,18 @@ class TestFiles:
         weights = folder / "adapter_model.safetensors"
         os.truncate(weights, 1 << 40)  # Sparse: it takes no space.
         assert "GRAFTAGE_LORA_MAX_BYTES" in str(refused(place, folder, "are allowed"))
+        (folder / "adapter_config.json").write_bytes(b" " * (2 << 20))
+        weights.write_bytes(safetensors(GOOD))
+        assert "GRAFTAGE_LORA_MAX_BYTES" not in str(refused(place, folder, "are allowed"))
+
+    def test_coarse_types_are_limited_as_decoded(self, place: Place) -> None:
+        path = place.folder / "coarse.gguf"
+        size = 1024 * 54  # A block of TQ1_0 for each of 1024 rows.
+        tensors = [tensor(HALF_A, (256, 1024), 0, kind=34), tensor(HALF_B, (1024, 4), size)]
+        path.write_bytes(gguf(tensors=tensors, data=b"\1" * (size + 1024 * 16)))
+        assert place.resolve(path).facts.shapes[0].rank == 1024
+        reason = "1,048,576 bytes as F32; at most 100,000 are allowed"
+        assert "GRAFTAGE_LORA_MAX_BYTES" in str(refused(place, path, reason, max_bytes=100_000))
 
     def test_oversized_head_is_refused(self, place: Place) -> None:
         folder = peft(place)
