@@ -148,7 +148,7 @@ def warned(stated: str, base: str, **facts: object) -> bool:
     return bool(name_warnings([stated], ModelInfo(name=base, metadata=facts)))
 
 
-def converted(text: str) -> list[tuple[str, dict[str, object]]]:
+def converted(text: str) -> list[tuple[str, dict[str, str]]]:
     """Each name of a table with the keys that llama.cpp's converter writes for the repository beside it."""
     found = []
     for pair in table(text):
