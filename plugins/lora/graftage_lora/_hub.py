@@ -18,7 +18,18 @@ from graftage.exceptions import AdapterError, AdapterInvalid, AdapterNotFound, A
 from graftage.types import AdapterInfo, PullProgress
 from graftage_lora._files import CONFIG, MORE, WEIGHTS, Refused
 from graftage_lora._resolve import Resolver, is_lasting, is_plain, refused_adapter
-from graftage_lora._sources import COMMIT, HUB, PICKLES, NotKnown, name_problem, parse, refusal, split_repository
+from graftage_lora._sources import (
+    COMMIT,
+    HUB,
+    PICKLES,
+    USERS,
+    NotKnown,
+    is_outside,
+    name_problem,
+    parse,
+    refusal,
+    split_repository,
+)
 from graftage_lora._write import atomic_file
 
 if TYPE_CHECKING:
@@ -217,7 +228,7 @@ def _shown(names: list[str]) -> str:
 
 def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference: str, revision: str) -> AdapterInfo:
     """Check what was downloaded, and bind the name to it in the user's registry."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     (found,), _ = resolver.candidates(parse(reference))
     facts, digest = resolver.facts(found, None)
@@ -228,15 +239,17 @@ def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference:
     registry = resolver.settings.registry.resolve()
     try:
         registry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(registry.with_name(f".{registry.name}.lock")):
-            same = _is_same(resolver, name, digest)
-            if same is False and not request.overwrite:
+        left = max(0.0, request.call.deadline - time.monotonic())
+        with FileLock(registry.with_name(f".{registry.name}.lock"), timeout=left):
+            if not request.overwrite and not _is_free(resolver, name, digest):
                 raise AdapterError(
                     f"The name `{name}` means something else already.",
                     reference=request.reference,
                     hint="Give another `name`, or `overwrite`; `graftage adapters list` shows it.",
                 )
-            _write(registry, name, entry)
+            _write(registry, name, entry, overwrite=request.overwrite)
+    except Timeout:
+        raise request.call.timed_out() from None
     except (OSError, ValueError) as error:
         reason = f"{registry} cannot be read and written: {refusal(error)}."
         raise AdapterError(reason, hint="Fix it or move it away.") from None
@@ -244,22 +257,33 @@ def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference:
     return replace(resolver.info(found, None, settled=True), verdict=None)
 
 
-def _is_same(resolver: Resolver, name: str, digest: str) -> bool | None:
-    """Return whether a name means the adapter with this digest; `None` if it means nothing yet."""
+def _is_free(resolver: Resolver, name: str, digest: str) -> bool:
+    """Return whether a name means nothing yet, or has been pulled and means the adapter with this digest.
+
+    Raises:
+        Refused: a registry cannot be read.
+    """
+    found, _ = resolver.candidates(parse(name))
+    for each in found:
+        if not each.name:
+            each.usable()
+        if each.source == USERS and is_outside(each.path, resolver.settings.hub):
+            return False
     try:
-        found, _ = resolver.candidates(parse(name))
-        return all(resolver.facts(each, None)[1] == digest for each in found) if found else None
+        return all(resolver.facts(each, None)[1] == digest for each in found)
     except Refused:
         return False
 
 
-def _write(registry: Path, name: str, entry: Mapping[str, str]) -> None:
-    """Write one table of a registry, and leave all else as it is."""
+def _write(registry: Path, name: str, entry: Mapping[str, str], *, overwrite: bool) -> None:
+    """Write one table of a registry, and leave all else as it is; also other keys of the table, or replace it."""
     import tomlkit
 
-    document = tomlkit.parse(registry.read_text("utf-8") if registry.exists() else "")
-    table = tomlkit.table()
+    document = tomlkit.parse(registry.read_bytes().decode("utf-8-sig") if registry.exists() else "")
+    if overwrite or name not in document:
+        document[name] = tomlkit.table()
+    table: Any = document[name]
+    table.pop("revision", None)
     table.update(entry)
-    document[name] = table
     with atomic_file(registry) as file:
         file.write(tomlkit.dumps(document).encode())

@@ -41,6 +41,7 @@ __all__ = [
     "Reference",
     "Source",
     "chain",
+    "is_outside",
     "may_be_adapter",
     "name_problem",
     "parse",
@@ -316,7 +317,7 @@ class Registry:
         try:
             self._path.lstat()
             with CheckedFile(self._path, within=self._within, limit=MAX_REGISTRY, empty=True) as file:
-                document = tomllib.loads(bytes(file.rest()).decode("utf-8"))
+                document = tomllib.loads(bytes(file.rest()).decode("utf-8-sig"))
             entries = {composed(name): entry for name, entry in document.items()}
             if len(entries) < len(document):
                 raise Refused("two of its names differ only in their Unicode form")

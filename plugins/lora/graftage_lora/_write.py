@@ -96,6 +96,8 @@ def atomic_file(out: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # There may be no file yet.
+            shutil.copymode(out, name)
         Path(name).replace(out)
     except BaseException:
         Path(name).unlink(missing_ok=True)

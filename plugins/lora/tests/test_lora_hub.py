@@ -271,7 +271,35 @@ class TestPull:
         path.write_text("broken", encoding="utf-8")
         with pytest.raises(AdapterError, match=r"adapters\.toml"):
             pull(place, overwrite=True)
+        with pytest.raises(AdapterError, match=r"adapters\.toml.* cannot be read.*Fix it or move it away"):
+            pull(place)
         assert path.read_text("utf-8") == "broken"
+
+    def test_encoding_and_mode_are_kept(self, place: Place, hub: Hub) -> None:
+        path = place.folder / "adapters.toml"
+        path.write_bytes(b"\xef\xbb\xbf# mine\r\n")
+        path.chmod(0o644)
+        pull(place)
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert b"# mine\r\n" in path.read_bytes()
+        assert place.resolve("style").source == "registry"
+
+    def test_own_binding_is_not_replaced(self, place: Place, hub: Hub) -> None:
+        path = place.folder / "adapters.toml"
+        path.write_text("[style]\npath = 'made/2' # my copy\n", encoding="utf-8")
+        with pytest.raises(AdapterError, match="means something else"):
+            pull(place)
+        pull(place, overwrite=True)
+        assert registry(place)["style"]["path"].startswith("hf://")
+
+    def test_keys_of_same_content_are_kept(self, place: Place, hub: Hub) -> None:
+        pull(place, f"{STYLE}@v1.2", name="mine")
+        path = place.folder / "adapters.toml"
+        path.write_text(path.read_text("utf-8") + "base_model = 'small:1m' # a note\n", encoding="utf-8")
+        pull(place, f"{STYLE}@{hub.revisions[STYLE, 'v1.2']}", name="mine")
+        assert "base_model = 'small:1m' # a note" in path.read_text("utf-8")
+        assert set(registry(place)["mine"]) == {"path", "digest", "base_model"}
+        assert place.resolve("mine").found.base_model == "small:1m"
 
     def test_concurrent_pulls_lose_nothing(self, place: Place, hub: Hub) -> None:
         names = [f"style {number}" for number in range(6)]
@@ -419,6 +447,11 @@ class TestRefusals:
         call = Call(deadline=time.monotonic() + 0.1)
         with pytest.raises(ProviderTimeout):
             pull(place, call=call)
+
+    def test_deadline_ends_waiting_for_registry(self, place: Place, hub: Hub) -> None:
+        filelock = pytest.importorskip("filelock")
+        with filelock.FileLock(place.folder / ".adapters.toml.lock"), pytest.raises(ProviderTimeout):
+            pull(place, call=Call(deadline=time.monotonic() + 0.5))
 
     def test_unreachable_hub(self, place: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
