@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -181,18 +182,8 @@ class LlamaCppConnection:
         text, tokens = await self._beginning(request, job)
         if not tokens:
             return Warmed(tokens=0, cached_tokens=0)
-        raw = GenerateRequest(
-            call=request.call,
-            model=request.model,
-            prompt=text,
-            raw=True,
-            max_tokens=1,
-            keep_alive=request.keep_alive,
-            context_window=request.context_window,
-            adapter=request.adapter,
-        )
-        body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
-        last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
+        body = {**_convert.shared_body(replace(request, options={}, max_tokens=1)), "prompt": tokens, "keep": text}
+        last = [chunk async for chunk in self._chunks(request, job, COMPLETIONS, body)][-1]
         usage, saved, warnings = last.usage or Usage(), job.place.size if job.place else None, last.warnings
         if saved is None and job.lease is not None and self._settings.prompts_bytes:
             problem = job.place.problem if job.place else "an adapter's file has changed since it was loaded"
@@ -350,7 +341,7 @@ class LlamaCppConnection:
             name=adapter.name,
             digest=adapter.digest,
             model=request.model,
-            slot=lease.process.adapters.index(adapter.digest),
+            slot=[*lease.process.adapters].index(adapter.digest),
             scale=1.0,
             strategy="hot",
             warnings=(EARLY.format(adapter.name),) if file.activated else (),
@@ -360,21 +351,15 @@ class LlamaCppConnection:
         return AdapterFile(adapter, lambda: self._store.find(request.model, Watch(request.call), long_lists=True))
 
     def _other_files(self, request: LoadAdapterRequest) -> tuple[AdapterFile, ...]:
-        """Convert the other known adapters that there is room for; those that cannot be converted are left out."""
+        """Convert the other known adapters for which there is time; those that cannot be converted are left out."""
         others = request.others()[: self._settings.adapter_count - 1]
         if not others:
             return ()
         model = self._store.find(request.model, Watch(request.call), long_lists=True)
-        now, found, size = time.monotonic(), [], 0
+        now = time.monotonic()
         end = now + min(OTHERS_SECONDS, (request.call.deadline - now) / 4)
-        for adapter in others:
-            if time.monotonic() > end:
-                break
-            file = self._file(adapter, request)
-            if file.usable(model) and size + file.size <= self._settings.adapter_bytes:
-                found.append(file)
-                size += file.size
-        return tuple(found)
+        files = (self._file(adapter, request) for adapter in others)
+        return tuple(file for file in takewhile(lambda _: time.monotonic() < end, files) if file.usable(model))
 
     def _keep(self, file: AdapterFile) -> None:
         """Remember an adapter: the engine may drop it, and a later request load it again."""
