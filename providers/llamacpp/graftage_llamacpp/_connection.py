@@ -75,6 +75,7 @@ from graftage_llamacpp._process import (
     DEFAULT_MODEL,
     Launch,
     LlamaCppSettings,
+    Process,
     SlotUse,
     common_prefix,
     default_threads,
@@ -167,14 +168,15 @@ class LlamaCppConnection:
         async for chunk in events:
             if chunk is not None:
                 yield chunk
-        load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
-        last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
+        last, load = reader.last(), None
+        notes: tuple[str, ...] = ()
         if job.lease is not None and job.lease.use is not None:
-            notes = (*notes, *_check_cache(job.lease.use, last))
+            load, notes = job.lease.load, (*job.lease.notes, *_check_cache(job.lease.use, last))
         for each in job.need.adapters:
             notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
-        yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
+        warnings = (*_window_notes(job.stored, request.context_window), *notes)
+        yield replace(last, model=job.stored.name, timings=timings, warnings=warnings)
 
     @hookimpl
     async def warm(self, request: ChatRequest) -> Warmed:
@@ -185,7 +187,7 @@ class LlamaCppConnection:
         body = {**_convert.shared_body(replace(request, options={}, max_tokens=1)), "prompt": tokens, "keep": text}
         last = [chunk async for chunk in self._chunks(request, job, COMPLETIONS, body)][-1]
         usage, saved, warnings = last.usage or Usage(), job.place.size if job.place else None, last.warnings
-        if saved is None and job.lease is not None and self._settings.prompts_bytes:
+        if saved is None and job.lease is not None and job.states is not None:
             problem = job.place.problem if job.place else "an adapter's file has changed since it was loaded"
             if any(each.activated for each in job.need.adapters):
                 problem = "its adapter acts only after its invocation, so the whole prompt is read each time"
@@ -269,26 +271,18 @@ class LlamaCppConnection:
 
     @hookimpl
     def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:  # noqa: ARG002 - required by the hook
-        found = (self._loaded_model(engine) for engine in _engine.engines())
-        return tuple(each for each in found if each is not None)
+        found = ((engine, engine.running) for engine in _engine.engines())
+        return tuple(self._loaded_model(engine, process) for engine, process in found if process is not None)
 
-    def _loaded_model(self, engine: Engine) -> LoadedModel | None:
-        process = engine.running
-        if process is None:
-            return None
-        path = Path(engine.launch.model)
+    def _loaded_model(self, engine: Engine, process: Process) -> LoadedModel:
+        path, adapters = Path(engine.launch.model), [*process.adapters]
         return LoadedModel(
             name=self._store.name_of(path),
             digest=self._store.digest_of(path) if path.exists() else None,
             size=resident_memory(process.pid),
             expires_at=engine.expires,
             context_window=process.window,
-            raw={
-                "pid": process.pid,
-                "version": process.version,
-                "adapters": list(process.adapters),
-                "starts": engine.starts,
-            },
+            raw={"pid": process.pid, "version": process.version, "adapters": adapters, "starts": engine.starts},
         )
 
     @hookimpl
@@ -550,17 +544,13 @@ def _require_memory(stored: Stored, engine: Engine, need: Need) -> None:
     running = engine.running
     if running is not None and need.window in (None, running.window):
         return
-    free = free_memory()
-    if free is None:
+    free, shape = free_memory(), read_shape(_convert.model_info(stored, full=True))
+    if free is None or shape is None:
         return
     if running is not None:
         free += resident_memory(running.pid) or 0
     window = need.window or need.default_window
-    launch = engine.launch
-    shape = read_shape(_convert.model_info(stored, full=True))
-    if shape is None:
-        return
-    needs = footprint(shape, window, slots=launch.slots, batch=launch.batch)
+    needs = footprint(shape, window, slots=engine.launch.slots, batch=engine.launch.batch)
     if needs.counted > free:
         raise ModelLoadFailed(
             f"The model `{stored.name}` needs about {needs.counted / 1e6:.0f} MB with a context window of {window}"

@@ -402,20 +402,16 @@ class Engine:
         await self.grant(Need(stop=True, deadline=call.deadline), call)
 
     def _not_free(self, need: Need, call: Call) -> ProviderTimeout:
-        phase: Phase = "total" if need.deadline >= call.deadline - 2 * MARGIN else "first_token"
         if self._fitting_process(need) is not None:
-            return ProviderTimeout(
-                "No slot was free in time.",
-                phase=phase,
-                hint="Raise the setting `slots` or the time limit, or ask less at once.",
-            )
-        if not self._leases:
-            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the time limit.")
-        return ProviderTimeout(
-            f"The engine could not be restarted or ended in time: {len(self._leases)} requests still use it.",
-            phase=phase,
-            hint="Close unread streams, use the same `context_window` everywhere, or raise the time limit.",
-        )
+            what = "No slot was free in time."
+            hint = "Raise the setting `slots` or the time limit, or ask less at once."
+        elif not self._leases:
+            what, hint = "The engine was not started in time.", "Raise the time limit."
+        else:
+            what = f"The engine could not be restarted or ended in time: {len(self._leases)} requests still use it."
+            hint = "Close unread streams, use the same `context_window` everywhere, or raise the time limit."
+        phase: Phase = "total" if need.deadline >= call.deadline - 2 * MARGIN else "first_token"
+        return ProviderTimeout(what, phase=phase, hint=hint)
 
     def _withdraw(self, future: Future[Lease | None]) -> None:
         """Stop waiting, and give back a lease that is granted meanwhile."""
@@ -493,15 +489,11 @@ class Engine:
     def _fitting_process(self, need: Need) -> Process | None:
         """Return the running child if it is what the request needs."""
         process = self.running
-        if process is None:
-            return None
-        if need.window not in (None, process.window):
+        if process is None or need.window not in (None, process.window):
             return None
         if process.state != file_state(Path(self.launch.model)):
             return None  # The file may have changed since it was loaded.
-        if any(each.digest not in process.adapters for each in need.adapters):
-            return None
-        return process
+        return process if all(each.digest in process.adapters for each in need.adapters) else None
 
     def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
         self._cancel_timer()
@@ -515,17 +507,14 @@ class Engine:
 
     def _restart(self, need: Need) -> None:
         """End the child that does not fit, and start one that does. Runs on its own thread, one at a time."""
-        began = time.monotonic()
-        before = self.process
+        began, before = time.monotonic(), self.process
         died = before is not None and not before.alive
         window = need.window or (before.window if before else None) or need.default_window
         process: Process | None = None
         lease: Lease | None = None
         error: Exception | None = None
-        adapters: dict[str, AdapterFile] = {}
         try:
-            if not need.stop:
-                adapters = self._choose_adapters(need)
+            adapters = {} if need.stop else self._choose_adapters(need)
             if before is not None:
                 self.process = None
                 before.stop()
@@ -537,8 +526,8 @@ class Engine:
             self._busy = False
             if process is not None and self._closed:
                 process.stop()
-                error, process = _closed_error(), None
-            if process is not None:
+                error = _closed_error()
+            elif process is not None:
                 self.process = process
                 self.adapters = {digest: adapters[digest] for digest in process.adapters}
                 notes = _notes(before, process, need, died=died)

@@ -196,24 +196,23 @@ class States:
         note.write_text(state.model_dump_json(), encoding="utf-8")
         path.replace(self.folder / state.name)
         note.replace(self.folder / f"{state.name}.json")
-        self.prune(state.name)
+        self.prune(state)
 
-    def prune(self, kept: str) -> None:
+    def prune(self, kept: State) -> None:
         """Delete what is beyond the limit, except one, and what was left behind."""
-        room, now = self.limit, time.time()
-        used: list[tuple[bool, float, int, str]] = []
+        used: list[tuple[float, int, str]] = []
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):
                 status = path.stat()
-                if path.suffix == SUFFIX:
+                if path.suffix == SUFFIX and path.name != kept.name:
                     note = path.with_name(f"{path.name}.json")
-                    at = note.stat().st_mtime if note.exists() else 0.0
-                    used.append((path.name == kept, at, status.st_size, path.name))
-                elif ".part" in path.suffixes and now - status.st_mtime > STALE:
+                    used.append((note.stat().st_mtime if note.exists() else 0.0, status.st_size, path.name))
+                elif ".part" in path.suffixes and time.time() - status.st_mtime > STALE:
                     path.unlink()
-        for _, _, size, name in sorted(used, reverse=True):
+        room = self.limit - kept.size
+        for _, size, name in sorted(used, reverse=True):
             room -= size
-            if room < 0 and name != kept:
+            if room < 0:
                 self.delete(name)
 
 
