@@ -144,8 +144,10 @@ class EngineTransport:
             response = await self._network.send(_post(lease.process, request.target, body), clock)
             return _LeasedResponse(response, lease, job.call, job.place)
         except ConnectionFailed as error:
-            ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
-            lease.end()
+            try:
+                ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
+            finally:
+                lease.end()
             if ended is None:
                 raise
             broken = job.place is not None and job.place.broken
@@ -569,9 +571,7 @@ class Engine:
                 failed = error
             if failed.reason == "timeout" or len(needed) == len(adapters):
                 break
-        words = str(failed.details.get("engine_stderr", ""))
-        culprits = [each for each in need.adapters if str(each.path) in words] or need.adapters
-        raise culprits[0].load_error(failed) if culprits else failed
+        raise _load_error(failed, need.adapters)
 
     # --- The end of an idle child ------------------------------------------------------------------------------------
 
@@ -705,20 +705,22 @@ class AdapterFile:
             )
         self.activated = "adapter.alora.invocation_tokens" in header.metadata
 
-    def load_error(self, error: ModelLoadFailed) -> GraftageError:
-        """Return the error for an engine that did not start with this adapter alone."""
-        words = str(error.details.get("engine_stderr", ""))
-        if error.reason != "incompatible" or "adapter_lora" not in words:
-            return error
-        kind = AdapterIncompatible if "wrong base model" in words or "mismatch" in words else AdapterUnsupported
-        failed = kind(
-            f"The engine cannot load the adapter `{self.name}`: {error.message}",
-            reference=self.name,
-            reasons=(error.message,),
-            hint="Choose the model it was made for.",
-        )
-        failed.__cause__ = error
-        return failed
+
+def _load_error(error: ModelLoadFailed, adapters: tuple[AdapterFile, ...]) -> GraftageError:
+    """Return the error for an engine that did not start with the adapters of a request."""
+    words = str(error.details.get("engine_stderr", ""))
+    if error.reason != "incompatible" or "adapter_lora" not in words or not adapters:
+        return error
+    name = next((each for each in adapters if str(each.path) in words), adapters[0]).name
+    kind = AdapterIncompatible if "wrong base model" in words or "mismatch" in words else AdapterUnsupported
+    failed = kind(
+        f"The engine cannot load the adapter `{name}`: {error.message}",
+        reference=name,
+        reasons=(error.message,),
+        hint="Choose the model it was made for.",
+    )
+    failed.__cause__ = error
+    return failed
 
 
 # --- All engines of this process -------------------------------------------------------------------------------------
