@@ -484,7 +484,9 @@ class SlotUse:
         with self.of.lock:
             self.reading = False
             for slot in self.slots if self.alone else ():
-                slot.made_with, slot.rendered = self.scales, self.rendered
+                # What the engine has put off, such as embeddings, may come to the slot after this.
+                if not any(use.scales is None for use in slot.uses if use is not self):
+                    slot.made_with, slot.rendered = self.scales, self.rendered
 
     def distrust(self) -> None:
         """Note that the cache may be wrong, so that the next request reads its whole prompt."""
