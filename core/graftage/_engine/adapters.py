@@ -125,10 +125,9 @@ class Adapters:
 
     def view(self, adapter: Choice | Literal[_Unset.ACTIVE] | None, *, fresh: bool) -> Adapters:
         """Return these adapters with an active one of their own, as `Session.view` documents."""
-        state = None
         choice = self._first if adapter is ACTIVE else adapter
-        if adapter is ACTIVE and not fresh:
-            state = replace(self._state, digests=dict(self._state.digests))
+        kept = adapter is ACTIVE and not fresh
+        state = replace(self._state, digests=dict(self._state.digests)) if kept else None
         return Adapters(self._session, self._admission, choice, state=state, loaded=self._loaded)
 
     @contextlib.contextmanager
@@ -364,8 +363,8 @@ class Adapters:
                         fitting.setdefault(other.digest, other)
         del fitting[adapter.digest]
         used = [digest for digest, base in list(self._loaded) if base == canonical_name(model)]
-        places = {digest: place for place, digest in enumerate(used)}
-        return tuple(sorted(fitting.values(), key=lambda each: -places.get(each.digest, -1)))
+        last = [fitting.pop(digest) for digest in reversed(used) if digest in fitting]
+        return (*last, *fitting.values())
 
     async def _part(self, reference: str, weight: float, model: str, call: Call) -> _Part:
         """Find an adapter."""

@@ -311,7 +311,7 @@ class LlamaCppConnection:
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         call, adapter = request.call, request.adapter
         job = await self._job(request)
-        file = self._file(adapter, request)
+        file = self._file(adapter, request.model)
         await call.run(file.prepare)
         if file.activated and self._settings.slots > 1:
             # Its server reads such prompts in parts, and mixes them up with those of other slots.
@@ -341,8 +341,9 @@ class LlamaCppConnection:
             warnings=(EARLY.format(adapter.name),) if file.activated else (),
         )
 
-    def _file(self, adapter: Adapter, request: LoadAdapterRequest) -> AdapterFile:
-        return AdapterFile(adapter, lambda: self._store.find(request.model, Watch(request.call), long_lists=True))
+    def _file(self, adapter: Adapter, model: str) -> AdapterFile:
+        # It may be made once more long after this call, whose deadline must not matter then.
+        return AdapterFile(adapter, lambda: self._store.find(model, Watch(Call()), long_lists=True))
 
     def _other_files(self, request: LoadAdapterRequest) -> tuple[AdapterFile, ...]:
         """Convert the other known adapters for which there is time; those that cannot be converted are left out."""
@@ -352,7 +353,7 @@ class LlamaCppConnection:
         model = self._store.find(request.model, Watch(request.call), long_lists=True)
         now = time.monotonic()
         end = now + min(OTHERS_SECONDS, (request.call.deadline - now) / 4)
-        files = (self._file(adapter, request) for adapter in others)
+        files = (self._file(adapter, request.model) for adapter in others)
         return tuple(file for file in takewhile(lambda _: time.monotonic() < end, files) if file.usable(model))
 
     def _keep(self, file: AdapterFile) -> None:
