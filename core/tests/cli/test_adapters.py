@@ -309,7 +309,7 @@ class TestSeveral:
         one = ("chat", "Hi", "--json", "--adapter", "compatible=0.5")
         assert json.loads(shell.run(*one).out)["adapter"] == "0.5 ahoy"
         same = shell.run(*one, "--adapter", "unknown")
-        assert (same.code, "are the same adapter" in same.err) == (1, True)
+        assert (same.code, "have the same content" in same.err) == (1, True)
         bad = shell.run("generate", "Hi", "--adapter", "compatible=0")
         assert (bad.code, "The weight of the adapter" in bad.err) == (1, True)
 

@@ -7,6 +7,8 @@ group. Then the ways to match a name can be counted before it is tried.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -17,8 +19,14 @@ __all__ = ["Patterns"]
 
 LONGEST: Final = 300
 """Characters of an expression."""
+MOST: Final = 100
+"""Expressions of one adapter; names are not counted."""
 MAX_WORK: Final = 50_000_000
-"""Steps that the expressions of one adapter may take: some seconds."""
+"""Steps that they may take for one adapter, of which a second has some ten millions."""
+STARTING: Final = 50
+"""Steps that it takes to begin."""
+IN_FULL: Final = "Name the modules in full."
+PLAIN: Final = re.compile(r"\^?[\w.]+")
 TOKEN: Final = re.compile(
     r"(?P<one>\\[dw]|\\[^\w\s]|\[\^?(?:[a-z]-[a-z]|[A-Z]-[A-Z]|\d-\d|\\[dw.-]|[\w.])+-?\]|[^\\\[\](){}*+?|^$])"
     r"|(?P<open>\((?:\?:)?)|(?P<close>\))|(?P<or>\|)|(?P<edge>[\^$])"
@@ -30,52 +38,81 @@ class Patterns:
     """Figures of modules by pattern: the first that matches counts, as in PEFT's `get_pattern_key`.
 
     Raises:
-        Refused: a pattern uses another syntax; in `find`, too: they would take too long.
+        Refused: a pattern uses another syntax, or there are too many; in `find`, too: they would take too long.
     """
 
     def __init__(self, figures: Mapping[str, float]) -> None:
-        self._figures = [(_compiled(key), figure) for key, figure in figures.items()]
+        numbered = enumerate(figures.items())
+        self._names = {key: (place, figure) for place, (key, figure) in numbered if PLAIN.fullmatch(key)}
+        keys = [(place, key, figure) for place, (key, figure) in enumerate(figures.items()) if key not in self._names]
+        if len(keys) > MOST:
+            raise Refused(f"`alpha_pattern` has {len(keys)} expressions; at most {MOST} are allowed", IN_FULL)
+        self._expressions = [(place, _Expression(key), figure) for place, key, figure in keys]
         self._work = 0
 
     def find(self, module: str, default: float) -> float:
         """Return the figure of a module."""
         # A pattern stands for the whole name, or for what follows a dot.
         starts = [0, *(at for at, each in enumerate(module, 1) if each == ".")]
-        for (expression, ways, repeats), figure in self._figures:
-            self._work += len(starts) * ways * (len(module) + 1) ** repeats
+        names = (f"^{module}", *(module[start:] for start in starts))
+        first, figure = min((self._names[name] for name in names if name in self._names), default=(math.inf, default))
+        for place, expression, own in self._expressions:
+            if place > first:
+                break
+            own_starts = starts[:1] if expression.begins_anywhere else starts
+            self._work += len(own_starts) * (STARTING + expression.work(module))
             if self._work > MAX_WORK:
-                raise Refused("the expressions of `alpha_pattern` would take too long", "Name the modules in full.")
-            if any(expression.fullmatch(module, start) for start in starts):
-                return figure
-        return default
+                raise Refused("the expressions of `alpha_pattern` would take too long", IN_FULL)
+            if any(expression.matches(module, start) for start in own_starts):
+                return own
+        return figure
 
 
-def _compiled(key: str) -> tuple[re.Pattern[str], int, int]:
-    """Return an expression, how many ways its groups give, and how many repeats it has, each with any length."""
-    tokens = [(str(match.lastgroup), match[0]) for match in TOKEN.finditer(key)]
-    ways, repeats, groups, before = 1, 0, [1], ""
-    for kind, _ in tokens:
-        if (kind == "repeat" and before != "one") or (kind == "maybe" and before not in ("one", "close")):
+class _Expression:
+    """A regular expression of the syntax above."""
+
+    def __init__(self, key: str) -> None:
+        tokens = [(str(match.lastgroup), match[0]) for match in TOKEN.finditer(key)]
+        self.begins_anywhere = key.startswith(".*") and "|" not in key
+        self._ways = 1
+        """In how many ways its groups can be read."""
+        self._repeated: list[str] = []
+        """What it repeats."""
+        groups = [1]
+        for (before, one), (kind, _) in zip([("", ""), *tokens], tokens, strict=False):
+            if (kind == "repeat" and before != "one") or (kind == "maybe" and before not in ("one", "close")):
+                raise _refused(key)
+            if kind == "repeat":
+                self._repeated.append(one)
+            elif kind == "maybe":
+                self._ways *= 2
+            elif kind == "open":
+                groups.append(1)
+            elif kind == "or":
+                groups[-1] += 1
+            elif kind == "close" and len(groups) > 1:
+                self._ways *= groups.pop()
+        self._ways *= groups[0]
+        if len(key) > LONGEST or "".join(text for _, text in tokens) != key:
             raise _refused(key)
-        repeats += kind == "repeat"
-        ways *= 2 if kind == "maybe" else 1
-        if kind == "open":
-            groups.append(1)
-        elif kind == "or":
-            groups[-1] += 1
-        elif kind == "close" and len(groups) > 1:
-            ways *= groups.pop()
-        before = kind
-    if len(key) > LONGEST or "".join(text for _, text in tokens) != key:
-        raise _refused(key)
-    try:
-        return re.compile(f"(?:{key})"), ways * groups[0], repeats
-    except (re.error, RecursionError):
-        raise _refused(key) from None
+        try:
+            self.matches = re.compile(f"(?:{key})").fullmatch
+        except (re.error, RecursionError):
+            raise _refused(key) from None
+
+    def work(self, module: str) -> int:
+        """Return the most steps that a match with a name can take."""
+        return self._ways * math.prod(1 + _longest(each, module) for each in self._repeated)
+
+
+@functools.lru_cache(maxsize=4096)
+def _longest(token: str, module: str) -> int:
+    """Return how often a token comes in a row at most."""
+    return max(map(len, re.findall(f"(?:{token})+", module)), default=0)
 
 
 def _refused(key: str) -> Refused:
     return Refused(
         f"`alpha_pattern` has the pattern `{key[:80]}`, an expression that is not supported",
-        "Name the modules in full.",
+        IN_FULL,
     )
