@@ -174,7 +174,7 @@ class _Client:
     @translate_errors
     def members(self) -> tuple[Self, ...]:
         """The providers of a chain, each as a client; of a client that is not a chain, the client itself."""
-        sessions = getattr(self._ready(), "sessions", None)
+        sessions = getattr(self._ready(), "members", None)
         return tuple(type(self)(self._options, each, self._view) for each in sessions) if sessions else (self,)
 
     @property

@@ -156,6 +156,7 @@ class Adapters:
         try:
             state = _State(choice, on_missing, force)
             applied, _ = await self._active(state, model, run, CallOptions(force=force))
+            run.answered()
             self._state = state
         finally:
             self._switches.leave()
@@ -190,7 +191,7 @@ class Adapters:
             return None, (missing_note(state.choice),)
         state.name, digest = applied.loaded.name, applied.loaded.digest
         before = state.digests.get(canonical_name(model), digest)
-        state.digests[canonical_name(model)] = digest
+        run.answered = lambda: state.digests.update({canonical_name(model): digest})
         if before == digest:
             return applied, ()
         return applied, (f"The adapter `{state.name}` has changed since it was last used: {digest}, not {before}.",)
@@ -199,8 +200,20 @@ class Adapters:
         """Free the memory of an adapter; a call that names it loads it again."""
         session = self._session
         session.require("unload_adapter")
-        parts = [await self._part(name, weight, model, call) for name, weight in read_adapter(reference)]
-        for key in self._keys(parts, model):
+        choice = read_adapter(reference)
+        # Under its name there may be what its files held before.
+        old = [
+            key
+            for key, one in list(self._loaded.items())
+            if key[1] == canonical_name(model) and len(choice) == 1 and one.name == choice[0][0]
+        ]
+        try:
+            parts = [await self._part(name, weight, model, call) for name, weight in choice]
+        except AdapterNotFound:
+            if not old:
+                raise
+            parts = []
+        for key in dict.fromkeys((*self._keys(parts, model), *old) if parts else old):
             loaded = self._loaded.pop(key, None)
             if loaded is not None:
                 await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
@@ -262,7 +275,10 @@ class Adapters:
 
         apart: Sequence[_Part | None] = [None] if self._must_mix(parts) else parts
         keys = self._keys(parts, model)
-        each = [await self._held(key, partial(load, part), run.call) for key, part in zip(keys, apart, strict=True)]
+        each = [
+            await self._held(key, partial(load, part), run.call, again=asked.reload)
+            for key, part in zip(keys, apart, strict=True)
+        ]
         # Two references may have the same content, which is loaded once: the reply has the name that was asked for.
         if apart == [None] or _is_plain(parts):
             loaded = replace(each[0], name=name)
@@ -307,15 +323,17 @@ class Adapters:
             raise AdapterError(said, reference=names, hint="Report it to its authors.") from error
         return mixed
 
-    async def _held(self, key: Key, load: Callable[[], Awaitable[LoadedAdapter]], call: Call) -> LoadedAdapter:
-        """Return what is loaded, or load it: one call does, the others wait."""
+    async def _held(
+        self, key: Key, load: Callable[[], Awaitable[LoadedAdapter]], call: Call, *, again: bool = False
+    ) -> LoadedAdapter:
+        """Return what is loaded, or load it, or `again`: one call does, the others wait."""
         session = self._session
-        loaded = self._loaded.get(key)
+        loaded = None if again else self._loaded.get(key)
         if loaded is None:
             slot = slots_for(f"adapter {session.plugin}", f"{session.address} {key}")
             await self._admission.granted(slot, slot.enter(1), call)
             try:
-                loaded = self._loaded.get(key)
+                loaded = None if again else self._loaded.get(key)
                 if loaded is None:
                     loaded = self._loaded[key] = await load()
             finally:

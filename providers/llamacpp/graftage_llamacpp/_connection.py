@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from graftage import retry
+from graftage._values import user_path
 from graftage.calls import (
     Call,
     ChatRequest,
@@ -431,7 +432,7 @@ class LlamaCppConnection:
             from platformdirs import user_cache_path
 
             folder = user_cache_path("graftage", appauthor=False) / "prompts"
-        return States(folder.expanduser().absolute(), self._settings.prompts_bytes)
+        return States(user_path(folder).absolute(), self._settings.prompts_bytes)
 
     def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
         """Find the model's file. The default model is pulled on its first use, and again if its file has changed."""

@@ -159,7 +159,7 @@ class EngineTransport:
     async def _place(self, body: dict[str, Any], job: Job, lease: Lease, clock: Clock) -> Place | None:
         """Return where a prompt is saved; None if it is not and cannot be."""
         use, keep = lease.use, body.pop("keep", None)
-        if use is None or use.scales is None or job.states is None or not (keep or job.states.folder.exists()):
+        if use is None or use.scales is None or job.states is None or not (keep or job.states.exist()):
             return None
         key = await job.call.run(key_of, lease.process, job.stored.digest, use.scales)
         if key is None or not (keep or job.states.has(key)):
@@ -493,6 +493,8 @@ class Engine:
         process = self.running
         if process is None or need.window not in (None, process.window):
             return None
+        if need.window is None and need.slot and process.window < need.default_window:
+            return None  # Another client has asked for less.
         if process.state != file_state(Path(self.launch.model)):
             return None  # The file may have changed since it was loaded.
         return process if all(each.digest in process.adapters for each in need.adapters) else None
@@ -511,7 +513,7 @@ class Engine:
         """End the child that does not fit, and start one that does. Runs on its own thread, one at a time."""
         began, before = time.monotonic(), self.process
         died = before is not None and not before.alive
-        window = need.window or (before.window if before else None) or need.default_window
+        window = need.window or max(before.window if before else 0, need.default_window)
         process: Process | None = None
         lease: Lease | None = None
         error: Exception | None = None

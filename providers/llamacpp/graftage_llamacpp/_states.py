@@ -134,6 +134,10 @@ class States:
         self.limit = limit
         """Bytes of all states; the least recently used goes first."""
 
+    def exist(self) -> bool:
+        """Whether there may be any."""
+        return os.path.isdir(self.folder)  # noqa: PTH112 - false also for a folder that must not be looked at
+
     def has(self, key: str) -> bool:
         """Whether there is any state with a key."""
         return any(self.folder.glob(f"{key}-*{SUFFIX}.json"))
