@@ -408,6 +408,7 @@ class Adapters:
             call=call,
         )
         said: list[str] = []
+        hint = "Check its name."
         for name, resolver in session.relay.each("resolve_adapter"):
             try:
                 found: Any = await session.io.ask(name, resolver, request, call)
@@ -415,6 +416,7 @@ class Adapters:
                 raise  # A resolver knows the reference, or the provider failed.
             except AdapterNotFound as error:
                 said += [f"{name}: {reason}" for reason in error.reasons or (error.message,)]
+                hint = error.hint or hint
                 continue
             except Exception as error:  # noqa: BLE001 - the next resolver may know it
                 said.append(f"{name}: {in_words(error)}")
@@ -431,7 +433,7 @@ class Adapters:
             f"The adapter `{request.reference}` was not found ({what}).",
             reference=request.reference,
             reasons=said,
-            hint="Check its name, or install `graftage-lora`." if not said else "Check its name.",
+            hint=hint if said else "Check its name, or install `graftage-lora`.",
         )
 
 
