@@ -405,6 +405,11 @@ class TestFolder:
             assert ask(llm, "ahoy")[2] == warmed.tokens
         assert not saved(tmp_path)
 
+    @pytest.mark.parametrize("path", ["/" + "x" * 300, "~nobody-here/prompts"])
+    def test_impossible_folder_stops_no_chat(self, path: str, both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", models_path=small_store, context_window=1024, prompts_path=path)
+        assert llm.chat(QUESTION, max_tokens=1).finish_reason == "length"
+
     def test_zero_turns_saving_off(self, start: Any, tmp_path: Path) -> None:
         assert start().warm(None, FIXED).saved
         llm = start(prompts_bytes=0)
