@@ -215,7 +215,10 @@ def load_adapter(
     host: options.Host = None,
     force: options.Force = False,
 ) -> None:
-    """Load an adapter now, so that the first reply does not wait for it."""
+    """Load an adapter on a server, ahead of the first reply.
+
+    The embedded engine ends with the command: use `warm` for it.
+    """
     with options.open_for_one_model(model, provider, host=host) as client:
         with Waiting("loading the adapter"):
             loaded = client.use_adapter(reference, force=force)
@@ -246,9 +249,9 @@ def warm_adapters(
     host: options.Host = None,
     force: options.Force = False,
 ) -> None:
-    """Load adapters, and read a system prompt ahead with each, so that the first replies do not wait.
+    """Load adapters, and read a system prompt ahead.
 
-    Calls must begin with the same system prompt, and have the same window.
+    The first replies then do not wait for that. Calls must begin with the same system prompt, and have the same window.
     """
     messages = _system_message(system, system_file)
     arguments = options.given({"context_window": context_window, "keep_alive": keep_alive, "force": force or None})
