@@ -27,6 +27,7 @@ from graftage.exceptions import (
     AdapterUnsupported,
     CapabilityUnsupported,
     ConnectionFailed,
+    InferenceFailed,
     ModelNotFound,
     RequestRejected,
     ResourceLimitExceeded,
@@ -157,6 +158,18 @@ class TestUse:
         assert llm.chat("x", adapter="poet").adapter == "poet"
         hooks = [hook for hook, _ in echo.calls if "load_adapter" in hook]
         assert hooks == ["load_adapter", "unload_adapter", "load_adapter"]
+
+    @pytest.mark.parametrize("gone", [False, True])
+    def test_unloading_finds_what_files_held_before(self, both: Any, *, gone: bool) -> None:
+        echo, plugin = Echo(), shelf("poet")
+        llm = both.connect(echo, model=MODEL, plugins=[plugin])
+        llm.use_adapter("poet")
+        plugin.patches["poet"] = Patch("poet", content="new")
+        if gone:
+            del plugin.patches["poet"]
+        llm.unload_adapter("poet")
+        (freed,) = [request.adapter for hook, request in echo.calls if hook == "unload_adapter"]
+        assert freed.digest == Patch("poet").digest
 
     @pytest.mark.parametrize("change", ["pull", "delete"])
     def test_new_base_loads_it_again(self, both: Any, change: str) -> None:
@@ -516,6 +529,17 @@ class TestMemory:
 
 
 class TestFollowing:
+    def test_first_reply_warns_also_after_other_calls(self, both: Any) -> None:
+        plugin = shelf("poet")
+        llm = both.connect(Echo(["one", InferenceFailed("no"), "two"]), model=MODEL, plugins=[plugin])
+        llm.use_adapter("poet")
+        llm.chat("x")
+        plugin.patches["poet"] = Patch("poet", content="new")
+        llm.count_tokens("x")
+        with pytest.raises(InferenceFailed):
+            llm.chat("x")
+        assert "has changed" in "".join(llm.chat("x").warnings)
+
     def test_retrained_one_answers_and_warns_once(self, both: Any) -> None:
         plugin = shelf("poet")
         llm = both.connect(Echo(), model=MODEL, plugins=[plugin])

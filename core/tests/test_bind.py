@@ -343,4 +343,4 @@ class TestChain:
         view = llm.bind(max_tokens=3, adapter="poet")
         member = view.members[0]
         reply = member.chat("x") if both.mode == "sync" else both.run(member.chat("x"))
-        assert (sent(echo).max_tokens, reply.adapter) == (3, None)
+        assert (sent(echo).max_tokens, reply.adapter) == (3, "poet")

@@ -53,6 +53,13 @@ class TestWarm:
         assert (request.messages[0].role, request.tools[0].name, request.think) == ("system", "look", True)
         assert llm.stats().active_adapter is None
 
+    def test_adapter_is_brought_back(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        llm.warm("poet")
+        llm.warm("poet")
+        assert len(loads(echo)) == 2
+
     def test_without_the_hook_a_token_is_asked(self, both: Any) -> None:
         usage = Usage(input_tokens=40, output_tokens=1, cached_tokens=30)
         echo = Echo([Reply(text="Ahoy there", usage=usage)], without=["warm"])

@@ -53,9 +53,10 @@ def list_adapters(
     host: options.Host = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the adapters that the installed plugins know of, and whether each fits the model in use.
+    """List the known adapters, and whether each fits.
 
-    Without a server the list lacks only that.
+    Plugins say which they know of; `graftage-lora` looks in the folders of GRAFTAGE_LORA_FOLDERS. Without a server the
+    list lacks only whether they fit the model in use.
     """
     found, judged = _list(model, provider, host)
     if as_json:
@@ -87,9 +88,11 @@ def _print_list(found: "Sequence[AdapterInfo]", *, judged: bool) -> None:
     if not found:
         show.note(_nothing_found())
         return
+    names = [each.name for each in found]
     rows = (
         (
-            each.name,
+            # A name that two adapters have finds neither.
+            f"{each.name} (ambiguous)" if names.count(each.name) > 1 and each.reference != each.name else each.name,
             *((FITS[each.verdict.status] if each.verdict else None,) if judged else ()),
             each.rank,
             show.size(each.size),
@@ -130,6 +133,8 @@ class Report:
     status: str
     """`compatible`, `incompatible`, `unsupported`, `unknown`; or `invalid` if the adapter is malformed."""
     reasons: tuple[str, ...] = ()
+    hint: str | None = None
+    """The way out."""
     warnings: tuple[str, ...] = ()
     name: str | None = None
     digest: str | None = None
@@ -166,7 +171,13 @@ def _check(client: "Client", reference: str) -> Report:
         adapter = client.resolve_adapter(reference)
     except (AdapterInvalid, AdapterIncompatible) as error:
         status = "invalid" if isinstance(error, AdapterInvalid) else "incompatible"
-        return Report(reference=reference, model=client.model, status=status, reasons=error.reasons or (error.message,))
+        return Report(
+            reference=reference,
+            model=client.model,
+            status=status,
+            reasons=error.reasons or (error.message,),
+            hint=error.hint,
+        )
     return Report(
         reference=reference,
         model=client.model,
@@ -186,6 +197,7 @@ def _print_report(report: Report) -> None:
         ("model", report.model),
         ("verdict", report.status),
         *(("reason", reason) for reason in report.reasons),
+        ("hint", report.hint),
         *(("warning", warning) for warning in report.warnings),
         ("digest", report.digest),
         ("scale", report.scale),
@@ -203,7 +215,10 @@ def load_adapter(
     host: options.Host = None,
     force: options.Force = False,
 ) -> None:
-    """Load an adapter now, so that the first reply does not wait for it."""
+    """Load an adapter on a server, ahead of the first reply.
+
+    The embedded engine ends with the command: use `warm` for it.
+    """
     with options.open_for_one_model(model, provider, host=host) as client:
         with Waiting("loading the adapter"):
             loaded = client.use_adapter(reference, force=force)
@@ -234,9 +249,9 @@ def warm_adapters(
     host: options.Host = None,
     force: options.Force = False,
 ) -> None:
-    """Load adapters, and read a system prompt ahead with each, so that the first replies do not wait.
+    """Load adapters, and read a system prompt ahead.
 
-    Calls must begin with the same system prompt, and have the same window.
+    The first replies then do not wait for that. Calls must begin with the same system prompt, and have the same window.
     """
     messages = _system_message(system, system_file)
     arguments = options.given({"context_window": context_window, "keep_alive": keep_alive, "force": force or None})

@@ -206,8 +206,10 @@ def read_adapter(text: str) -> "AdapterReference":
     """Read `NAME` or `NAME=WEIGHT`. The path of an existing file or folder is a name, also if it ends like a weight."""
     name, _, weight = text.rpartition("=")
     if name and not Path(text).expanduser().exists():
-        with suppress(ValueError):
+        try:
             return name, float(weight)
+        except ValueError:
+            raise Misuse(f"`{weight}` in `--adapter {text}` is not a weight.", hint="Write `NAME=0.5`.") from None
     return text
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 from graftage._client.streams import AsyncStream, Stream
 from graftage._engine.call import raise_translated
 from graftage._engine.driving import drive
+from graftage._records import dataclass
 from graftage.exceptions import GraftageError
 from graftage.types import ACTIVE
 
@@ -67,15 +68,15 @@ def _client(arguments: Any) -> ConnectOptions:
     return options
 
 
+@dataclass(frozen=True, slots=True)
 class _View:
     """What makes a client a view of another."""
 
-    def __init__(self, root: Any, bound: Bound, failed_switch: tuple[Any, BaseException] | None) -> None:
-        self.root = root
-        """The client whose connection it shares, of the same class."""
-        self.bound = bound
-        self.failed_switch = failed_switch
-        """The switch that failed before, if neither client was open yet."""
+    root: Any
+    """The client whose connection it shares, of the same class."""
+    bound: Bound
+    failed_switch: tuple[Any, BaseException] | None
+    """The switch that failed before, if neither client was open yet."""
 
 
 class _Client:
@@ -173,7 +174,7 @@ class _Client:
     @translate_errors
     def members(self) -> tuple[Self, ...]:
         """The providers of a chain, each as a client; of a client that is not a chain, the client itself."""
-        sessions = getattr(self._ready(), "sessions", None)
+        sessions = getattr(self._ready(), "members", None)
         return tuple(type(self)(self._options, each, self._view) for each in sessions) if sessions else (self,)
 
     @property

@@ -90,6 +90,7 @@ class Applied:
     loaded: LoadedAdapter
     """As the request has them: all as one."""
     warnings: tuple[str, ...]
+    """Those of the verdicts; `loaded` has all."""
     parts: tuple[_Part, ...]
     held: tuple[tuple[Key, LoadedAdapter], ...]
     """What is loaded for it."""
@@ -124,10 +125,9 @@ class Adapters:
 
     def view(self, adapter: Choice | Literal[_Unset.ACTIVE] | None, *, fresh: bool) -> Adapters:
         """Return these adapters with an active one of their own, as `Session.view` documents."""
-        state = None
         choice = self._first if adapter is ACTIVE else adapter
-        if adapter is ACTIVE and not fresh:
-            state = replace(self._state, digests=dict(self._state.digests))
+        kept = adapter is ACTIVE and not fresh
+        state = replace(self._state, digests=dict(self._state.digests)) if kept else None
         return Adapters(self._session, self._admission, choice, state=state, loaded=self._loaded)
 
     @contextlib.contextmanager
@@ -156,6 +156,7 @@ class Adapters:
         try:
             state = _State(choice, on_missing, force)
             applied, _ = await self._active(state, model, run, CallOptions(force=force))
+            run.answered()
             self._state = state
         finally:
             self._switches.leave()
@@ -166,7 +167,7 @@ class Adapters:
         if asked.adapter is None:
             return None, ()
         if asked.adapter is not ACTIVE:
-            return await self._apply(read_adapter(asked.adapter), model, run, asked), ()
+            return await self._apply(asked.adapter, model, run, asked), ()
         if self._state.is_untried:  # A switch under way, which began before this call, comes first.
             await self._admission.granted(self._switches, self._switches.enter(1), run.call)
             self._switches.leave()
@@ -190,7 +191,7 @@ class Adapters:
             return None, (missing_note(state.choice),)
         state.name, digest = applied.loaded.name, applied.loaded.digest
         before = state.digests.get(canonical_name(model), digest)
-        state.digests[canonical_name(model)] = digest
+        run.answered = lambda: state.digests.update({canonical_name(model): digest})
         if before == digest:
             return applied, ()
         return applied, (f"The adapter `{state.name}` has changed since it was last used: {digest}, not {before}.",)
@@ -199,8 +200,20 @@ class Adapters:
         """Free the memory of an adapter; a call that names it loads it again."""
         session = self._session
         session.require("unload_adapter")
-        parts = [await self._part(name, weight, model, call) for name, weight in read_adapter(reference)]
-        for key in self._keys(parts, model):
+        choice = read_adapter(reference)
+        # Under its name there may be what its files held before.
+        old = [
+            key
+            for key, one in list(self._loaded.items())
+            if key[1] == canonical_name(model) and len(choice) == 1 and one.name == choice[0][0]
+        ]
+        try:
+            parts = [await self._part(name, weight, model, call) for name, weight in choice]
+        except AdapterNotFound:
+            if not old:
+                raise
+            parts = []
+        for key in dict.fromkeys((*self._keys(parts, model), *old) if parts else old):
             loaded = self._loaded.pop(key, None)
             if loaded is not None:
                 await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
@@ -232,8 +245,7 @@ class Adapters:
                 what = f"`{same.name}` and `{part.name}` have the same content."
                 raise RequestRejected(what, hint="Name one of them, with its weight.")
             parts.append(part)
-        applied = Applied(LoadedAdapter(name="", digest="", model=model), tuple(warnings), tuple(parts), ())
-        return await self._bring(applied, model, run, asked)
+        return await self._bring(tuple(parts), tuple(warnings), model, run, asked)
 
     async def again(self, applied: Applied, model: str, run: Run, asked: CallOptions, figures: Any) -> Applied:
         """Load adapters that the server has lost, with the figures that the policies have allowed the call."""
@@ -242,66 +254,52 @@ class Adapters:
                 self._session.forget_facts(loaded.model)
             if self._loaded.get(key) is loaded:  # Another call may have loaded it again.
                 self._loaded.pop(key, None)
-        return await self._bring(applied, model, run, asked, figures)
+        return await self._bring(applied.parts, applied.warnings, model, run, asked, figures=figures)
 
     async def _bring(
-        self, applied: Applied, model: str, run: Run, asked: CallOptions, figures: Mapping[str, Any] | None = None
+        self,
+        parts: tuple[_Part, ...],
+        warnings: tuple[str, ...],
+        model: str,
+        run: Run,
+        asked: CallOptions,
+        *,
+        figures: Mapping[str, Any] | None = None,
     ) -> Applied:
         """Load what is not loaded: each adapter if the provider applies weights, else what the resolver mixes."""
-        parts, keys = applied.parts, self._keys(applied.parts, model)
         name = name_of([(each.name, each.weight) for each in parts])
 
-        async def load(key: Key, find: Callable[[], Awaitable[Adapter]]) -> LoadedAdapter:
-            return await self._held(key, lambda: self._load(find, model, run, asked, figures), run.call)
+        async def load(part: _Part | None) -> LoadedAdapter:
+            adapter = part.adapter if part else await self._mixed(parts, name, run.call)
+            return await self._load(adapter, model, run, asked, figures)
 
-        if _is_plain(parts) or self._applies_weights():
-            each = [await load(key, _ready(part.adapter)) for key, part in zip(keys, parts, strict=True)]
-            # Two references may have the same content, which is loaded once: the reply has the name that was asked for.
-            named = [replace(one, name=part.name) for one, part in zip(each, parts, strict=True)]
-            loaded = named[0] if _is_plain(parts) else self._joined(named, parts, name)
-        else:
-            each = [await load(keys[0], lambda: self._mixed(parts, run.call))]
+        apart: Sequence[_Part | None] = [None] if self._must_mix(parts) else parts
+        keys = self._keys(parts, model)
+        each = [
+            await self._held(key, partial(load, part), run.call, again=asked.reload)
+            for key, part in zip(keys, apart, strict=True)
+        ]
+        # Two references may have the same content, which is loaded once: the reply has the name that was asked for.
+        if apart == [None] or _is_plain(parts):
             loaded = replace(each[0], name=name)
-        warnings = dict.fromkeys((*applied.warnings, *(note for one in each for note in one.warnings)))
-        return replace(
-            applied,
-            loaded=replace(loaded, warnings=tuple(warnings)),
-            held=tuple(zip(keys, each, strict=True)),
-        )
+        else:
+            loaded = _joined([replace(one, name=part.name) for one, part in zip(each, parts, strict=True)], parts, name)
+        notes = dict.fromkeys((*warnings, *(note for one in each for note in one.warnings)))
+        held = tuple(zip(keys, each, strict=True))
+        return Applied(replace(loaded, warnings=tuple(notes)), warnings, parts, held)
 
-    def _applies_weights(self) -> bool:
-        return "adapter_weights" in self._session.asked_capabilities().features
+    def _must_mix(self, parts: Sequence[_Part]) -> bool:
+        """Whether the resolver must make one adapter of these."""
+        return not _is_plain(parts) and "adapter_weights" not in self._session.asked_capabilities().features
 
     def _keys(self, parts: Sequence[_Part], model: str) -> list[Key]:
         """Return what is loaded for some adapters: each one, or their mix."""
-        whole = not _is_plain(parts) and not self._applies_weights()
-        digests = [_digest_of(parts)] if whole else [each.digest for each in parts]
+        digests = [_digest_of(parts)] if self._must_mix(parts) else [each.digest for each in parts]
         return [(digest, canonical_name(model)) for digest in digests]
 
-    def _joined(self, loaded: Sequence[LoadedAdapter], parts: Sequence[_Part], name: str) -> LoadedAdapter:
-        """Return several loaded adapters as one, for a provider that applies weights."""
-        model = loaded[0].model
-        if any(each.model != model for each in loaded):
-            reasons = [f"`{each.name}` is loaded as `{each.model}`" for each in loaded]
-            raise AdapterUnsupported(
-                f"The adapters cannot act together: {'; '.join(reasons)}.",
-                reference=name,
-                reasons=reasons,
-                hint="Name adapters in files, not models that contain one.",
-            )
-        weights = tuple(each.weight for each in parts)
-        return LoadedAdapter(
-            name=name,
-            digest=_digest_of(parts),
-            model=model,
-            strategy=loaded[0].strategy,
-            parts=tuple(zip(loaded, weights, strict=True)),
-        )
-
-    async def _mixed(self, parts: Sequence[_Part], call: Call) -> Adapter:
+    async def _mixed(self, parts: Sequence[_Part], names: str, call: Call) -> Adapter:
         """Let the resolver add up adapters, for a provider that applies only one at a time."""
         first, *others = parts
-        names = name_of([(each.name, each.weight) for each in parts])
         with self._session.relay.contained:
             mix = getattr(first.adapter, "mix", None)
         if not callable(mix):
@@ -325,15 +323,17 @@ class Adapters:
             raise AdapterError(said, reference=names, hint="Report it to its authors.") from error
         return mixed
 
-    async def _held(self, key: Key, load: Callable[[], Awaitable[LoadedAdapter]], call: Call) -> LoadedAdapter:
-        """Return what is loaded, or load it: one call does, the others wait."""
+    async def _held(
+        self, key: Key, load: Callable[[], Awaitable[LoadedAdapter]], call: Call, *, again: bool = False
+    ) -> LoadedAdapter:
+        """Return what is loaded, or load it, or `again`: one call does, the others wait."""
         session = self._session
-        loaded = self._loaded.get(key)
+        loaded = None if again else self._loaded.get(key)
         if loaded is None:
             slot = slots_for(f"adapter {session.plugin}", f"{session.address} {key}")
             await self._admission.granted(slot, slot.enter(1), call)
             try:
-                loaded = self._loaded.get(key)
+                loaded = None if again else self._loaded.get(key)
                 if loaded is None:
                     loaded = self._loaded[key] = await load()
             finally:
@@ -346,30 +346,22 @@ class Adapters:
         return loaded
 
     async def _load(
-        self,
-        find: Callable[[], Awaitable[Adapter]],
-        model: str,
-        run: Run,
-        asked: CallOptions,
-        figures: Mapping[str, Any] | None,
+        self, adapter: Adapter, model: str, run: Run, asked: CallOptions, figures: Mapping[str, Any] | None
     ) -> LoadedAdapter:
         """Let the provider load it. That brings the model into memory, so policies must allow it first."""
         session = self._session
-        adapter = await find()
-        give_back = _nothing
-        if figures is None:
-            allowed = await self._admission.allow(run, "load_adapter", asked, model)
-            figures, give_back = allowed.figures, allowed.give_back
-        try:
+        others = session.io.in_thread(once(lambda: self._others(adapter, model, run.call)))
+        with contextlib.ExitStack() as allowance:
+            if figures is None:
+                allowed = await self._admission.allow(run, "load_adapter", asked, model)
+                figures = allowed.figures
+                allowance.callback(allowed.give_back)
             own = {name: figures[name] for name in ("keep_alive", "context_window")}
-            others = self._session.io.in_thread(once(lambda: self._others(adapter, model, run.call)))
             request = LoadAdapterRequest(
                 call=run.call, adapter=adapter, model=model, force=asked.force, others=others, **own
             )
             loaded: LoadedAdapter = await session.call("load_adapter", request, run.call, LoadedAdapter)
             return loaded
-        finally:
-            give_back()
 
     def _others(self, adapter: Adapter, model: str, call: Call) -> tuple[Adapter, ...]:
         """Return other known adapters that fit a model, those used last first. It blocks, and never fails."""
@@ -389,8 +381,8 @@ class Adapters:
                         fitting.setdefault(other.digest, other)
         del fitting[adapter.digest]
         used = [digest for digest, base in list(self._loaded) if base == canonical_name(model)]
-        places = {digest: place for place, digest in enumerate(used)}
-        return tuple(sorted(fitting.values(), key=lambda each: -places.get(each.digest, -1)))
+        last = [fitting.pop(digest) for digest in reversed(used) if digest in fitting]
+        return (*last, *fitting.values())
 
     async def _part(self, reference: str, weight: float, model: str, call: Call) -> _Part:
         """Find an adapter."""
@@ -416,6 +408,7 @@ class Adapters:
             call=call,
         )
         said: list[str] = []
+        hint = "Check its name."
         for name, resolver in session.relay.each("resolve_adapter"):
             try:
                 found: Any = await session.io.ask(name, resolver, request, call)
@@ -423,6 +416,7 @@ class Adapters:
                 raise  # A resolver knows the reference, or the provider failed.
             except AdapterNotFound as error:
                 said += [f"{name}: {reason}" for reason in error.reasons or (error.message,)]
+                hint = error.hint or hint
                 continue
             except Exception as error:  # noqa: BLE001 - the next resolver may know it
                 said.append(f"{name}: {in_words(error)}")
@@ -439,7 +433,7 @@ class Adapters:
             f"The adapter `{request.reference}` was not found ({what}).",
             reference=request.reference,
             reasons=said,
-            hint="Check its name, or install `graftage-lora`." if not said else "Check its name.",
+            hint=hint if said else "Check its name, or install `graftage-lora`.",
         )
 
 
@@ -480,15 +474,25 @@ def _digest_of(parts: Sequence[_Part]) -> str:
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
-def _ready(adapter: Adapter) -> Callable[[], Awaitable[Adapter]]:
-    async def find() -> Adapter:
-        return adapter
+def _joined(loaded: Sequence[LoadedAdapter], parts: Sequence[_Part], name: str) -> LoadedAdapter:
+    """Return several loaded adapters as one, for a provider that applies weights.
 
-    return find
-
-
-def _nothing() -> None:
-    """Give nothing back."""
+    Raises:
+        AdapterUnsupported: the provider has made different models of them.
+    """
+    first = loaded[0]
+    if any(each.model != first.model for each in loaded):
+        reasons = [f"`{each.name}` is loaded as `{each.model}`" for each in loaded]
+        raise AdapterUnsupported(
+            f"The adapters cannot act together: {'; '.join(reasons)}.",
+            reference=name,
+            reasons=reasons,
+            hint="Name adapters in files, not models that contain one.",
+        )
+    weighted = tuple(zip(loaded, (each.weight for each in parts), strict=True))
+    return LoadedAdapter(
+        name=name, digest=_digest_of(parts), model=first.model, strategy=first.strategy, parts=weighted
+    )
 
 
 def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tuple[str, ...]:

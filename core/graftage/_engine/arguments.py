@@ -157,6 +157,8 @@ class CallOptions:
     purpose: Purpose | None = None
     build: Callable[..., Any] | None = None
     """Build the request from what is known later: call, model, adapter, options and limits."""
+    reload: bool = False
+    """Whether the provider must bring the adapter into memory even if it was loaded before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

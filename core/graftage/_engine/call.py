@@ -106,6 +106,8 @@ class Run:
     """Sends a request."""
     again: Callable[[], Coroutine[Any, Any, Any]] | None = None
     """Loads an adapter again that the server has lost, and returns the request to send; used once."""
+    answered: Callable[[], object] = field(default=lambda: None)
+    """Called once the call has its reply."""
     source: Source | None = None
     fold: Fold = field(default_factory=Fold)
     reply: Reply | None = None
@@ -277,6 +279,7 @@ class Run:
                 self.host_error = error  # From a validator of the host.
                 raise
         self.reply = reply
+        self.answered()
         self.end()
         usage = reply.usage
         self.count(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)

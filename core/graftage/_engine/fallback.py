@@ -9,14 +9,14 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graftage._engine.adapters import missing_note, name_of, read_on_missing
-from graftage._engine.arguments import check_model, read_adapter, read_flag
+from graftage._engine.arguments import Bound, check_model, read_adapter, read_flag
 from graftage._engine.session import Measured, Session
 from graftage._records import dataclass
 from graftage.exceptions import AdapterNotFound, GraftageError, RequestRejected
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Ranking, Stats, Timeouts
 
 if TYPE_CHECKING:
-    from graftage._engine.arguments import Bound, CallOptions
+    from graftage._engine.arguments import CallOptions
     from graftage._engine.call import Run
 
 __all__ = ["Chain", "skipped_note"]
@@ -82,6 +82,15 @@ class Chain:
     def address(self) -> str:
         """The members' addresses, in order."""
         return ", ".join(session.address for session in self.sessions)
+
+    @property
+    def members(self) -> tuple[Session, ...]:
+        """The sessions of the members, each with the adapter of the chain if it has one."""
+        reference = self._adapter.reference
+        if reference is ACTIVE:
+            return self.sessions
+        bound = Bound(adapter=None if reference is None else read_adapter(reference))
+        return tuple(session.view(bound) for session in self.sessions)
 
     def single(self) -> Session:
         """Refuse an operation for one provider."""

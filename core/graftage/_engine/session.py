@@ -328,7 +328,7 @@ class Session(Connection):
 
     async def _load_ahead(self, run: Run, asked: CallOptions, model: str) -> Warmed:
         """Load the adapter, or else the model."""
-        applied, notes = await self.adapters.for_call(asked, model, run)
+        applied, notes = await self.adapters.for_call(replace(asked, reload=True), model, run)
         if applied is None:
             await self._load(run, asked, model)
         run.warnings = (*run.warnings, *notes, *(applied.loaded.warnings if applied else ()))

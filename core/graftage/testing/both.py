@@ -57,7 +57,7 @@ class Both:
     def native(self, client: Any) -> Any:
         """Return the native client of one of ours; its methods block, too."""
         found = client.native()
-        return found if self._loop is None else _Waiting(found, self.run)
+        return found if self._loop is None or isinstance(found, _Waiting) else _Waiting(found, self.run)
 
     def run(self, work: Any) -> Any:
         """Run a coroutine to its end."""
@@ -122,7 +122,8 @@ class _Waiting:
             result = value(*arguments, **named)
             if inspect.isawaitable(result):
                 result = self._run(_awaited(result))
-            return _Waiting(result, self._run) if hasattr(result, "__aenter__") else result
+            waits = hasattr(result, "__anext__") or hasattr(result, "__aenter__")
+            return _Waiting(result, self._run) if waits else result
 
         return call
 

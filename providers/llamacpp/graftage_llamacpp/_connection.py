@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from graftage import retry
+from graftage._values import user_path
 from graftage.calls import (
     Call,
     ChatRequest,
@@ -74,6 +76,7 @@ from graftage_llamacpp._process import (
     DEFAULT_MODEL,
     Launch,
     LlamaCppSettings,
+    Process,
     SlotUse,
     common_prefix,
     default_threads,
@@ -166,14 +169,15 @@ class LlamaCppConnection:
         async for chunk in events:
             if chunk is not None:
                 yield chunk
-        load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
-        last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
+        last, load = reader.last(), None
+        notes: tuple[str, ...] = ()
         if job.lease is not None and job.lease.use is not None:
-            notes = (*notes, *_check_cache(job.lease.use, last))
+            load, notes = job.lease.load, (*job.lease.notes, *_check_cache(job.lease.use, last))
         for each in job.need.adapters:
             notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
-        yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
+        warnings = (*_window_notes(job.stored, request.context_window), *notes)
+        yield replace(last, model=job.stored.name, timings=timings, warnings=warnings)
 
     @hookimpl
     async def warm(self, request: ChatRequest) -> Warmed:
@@ -181,20 +185,10 @@ class LlamaCppConnection:
         text, tokens = await self._beginning(request, job)
         if not tokens:
             return Warmed(tokens=0, cached_tokens=0)
-        raw = GenerateRequest(
-            call=request.call,
-            model=request.model,
-            prompt=text,
-            raw=True,
-            max_tokens=1,
-            keep_alive=request.keep_alive,
-            context_window=request.context_window,
-            adapter=request.adapter,
-        )
-        body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
-        last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
+        body = {**_convert.shared_body(replace(request, options={}, max_tokens=1)), "prompt": tokens, "keep": text}
+        last = [chunk async for chunk in self._chunks(request, job, COMPLETIONS, body)][-1]
         usage, saved, warnings = last.usage or Usage(), job.place.size if job.place else None, last.warnings
-        if saved is None and job.lease is not None and self._settings.prompts_bytes:
+        if saved is None and job.lease is not None and job.states is not None:
             problem = job.place.problem if job.place else "an adapter's file has changed since it was loaded"
             if any(each.activated for each in job.need.adapters):
                 problem = "its adapter acts only after its invocation, so the whole prompt is read each time"
@@ -278,26 +272,18 @@ class LlamaCppConnection:
 
     @hookimpl
     def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:  # noqa: ARG002 - required by the hook
-        found = (self._loaded_model(engine) for engine in _engine.engines())
-        return tuple(each for each in found if each is not None)
+        found = ((engine, engine.running) for engine in _engine.engines())
+        return tuple(self._loaded_model(engine, process) for engine, process in found if process is not None)
 
-    def _loaded_model(self, engine: Engine) -> LoadedModel | None:
-        process = engine.running
-        if process is None:
-            return None
-        path = Path(engine.launch.model)
+    def _loaded_model(self, engine: Engine, process: Process) -> LoadedModel:
+        path, adapters = Path(engine.launch.model), [*process.adapters]
         return LoadedModel(
             name=self._store.name_of(path),
             digest=self._store.digest_of(path) if path.exists() else None,
             size=resident_memory(process.pid),
             expires_at=engine.expires,
             context_window=process.window,
-            raw={
-                "pid": process.pid,
-                "version": process.version,
-                "adapters": list(process.adapters),
-                "starts": engine.starts,
-            },
+            raw={"pid": process.pid, "version": process.version, "adapters": adapters, "starts": engine.starts},
         )
 
     @hookimpl
@@ -326,7 +312,7 @@ class LlamaCppConnection:
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         call, adapter = request.call, request.adapter
         job = await self._job(request)
-        file = self._file(adapter, request)
+        file = self._file(adapter, request.model)
         await call.run(file.prepare)
         if file.activated and self._settings.slots > 1:
             # Its server reads such prompts in parts, and mixes them up with those of other slots.
@@ -350,31 +336,26 @@ class LlamaCppConnection:
             name=adapter.name,
             digest=adapter.digest,
             model=request.model,
-            slot=lease.process.adapters.index(adapter.digest),
+            slot=[*lease.process.adapters].index(adapter.digest),
             scale=1.0,
             strategy="hot",
             warnings=(EARLY.format(adapter.name),) if file.activated else (),
         )
 
-    def _file(self, adapter: Adapter, request: LoadAdapterRequest) -> AdapterFile:
-        return AdapterFile(adapter, lambda: self._store.find(request.model, Watch(request.call), long_lists=True))
+    def _file(self, adapter: Adapter, model: str) -> AdapterFile:
+        # It may be made once more long after this call, whose deadline must not matter then.
+        return AdapterFile(adapter, lambda: self._store.find(model, Watch(Call()), long_lists=True))
 
     def _other_files(self, request: LoadAdapterRequest) -> tuple[AdapterFile, ...]:
-        """Convert the other known adapters that there is room for; those that cannot be converted are left out."""
+        """Convert the other known adapters for which there is time; those that cannot be converted are left out."""
         others = request.others()[: self._settings.adapter_count - 1]
         if not others:
             return ()
         model = self._store.find(request.model, Watch(request.call), long_lists=True)
-        now, found, size = time.monotonic(), [], 0
+        now = time.monotonic()
         end = now + min(OTHERS_SECONDS, (request.call.deadline - now) / 4)
-        for adapter in others:
-            if time.monotonic() > end:
-                break
-            file = self._file(adapter, request)
-            if file.usable(model) and size + file.size <= self._settings.adapter_bytes:
-                found.append(file)
-                size += file.size
-        return tuple(found)
+        files = (self._file(adapter, request.model) for adapter in others)
+        return tuple(file for file in takewhile(lambda _: time.monotonic() < end, files) if file.usable(model))
 
     def _keep(self, file: AdapterFile) -> None:
         """Remember an adapter: the engine may drop it, and a later request load it again."""
@@ -451,7 +432,7 @@ class LlamaCppConnection:
             from platformdirs import user_cache_path
 
             folder = user_cache_path("graftage", appauthor=False) / "prompts"
-        return States(folder.expanduser().absolute(), self._settings.prompts_bytes)
+        return States(user_path(folder).absolute(), self._settings.prompts_bytes)
 
     def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
         """Find the model's file. The default model is pulled on its first use, and again if its file has changed."""
@@ -565,17 +546,13 @@ def _require_memory(stored: Stored, engine: Engine, need: Need) -> None:
     running = engine.running
     if running is not None and need.window in (None, running.window):
         return
-    free = free_memory()
-    if free is None:
+    free, shape = free_memory(), read_shape(_convert.model_info(stored, full=True))
+    if free is None or shape is None:
         return
     if running is not None:
         free += resident_memory(running.pid) or 0
     window = need.window or need.default_window
-    launch = engine.launch
-    shape = read_shape(_convert.model_info(stored, full=True))
-    if shape is None:
-        return
-    needs = footprint(shape, window, slots=launch.slots, batch=launch.batch)
+    needs = footprint(shape, window, slots=engine.launch.slots, batch=engine.launch.batch)
     if needs.counted > free:
         raise ModelLoadFailed(
             f"The model `{stored.name}` needs about {needs.counted / 1e6:.0f} MB with a context window of {window}"

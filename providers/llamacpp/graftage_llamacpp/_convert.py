@@ -48,6 +48,7 @@ __all__ = [
     "ranking",
     "refusal",
     "require",
+    "shared_body",
     "token_count",
     "tokens",
 ]
@@ -168,7 +169,7 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
         require("tools", able, request.model)
     if any(each.images for each in request.messages):
         require("images", able, request.model)
-    body = _shared_body(request)
+    body = shared_body(request)
     body["messages"] = _with_system([_message(each) for each in request.messages], header)
     # The engine treats the name of a tool as a choice of its own.
     body |= write_tools(request.tools, request.tool_choice, by_name=False)
@@ -203,7 +204,7 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
         )
     if not request.prompt:
         raise RequestRejected("The prompt is empty.", hint="A raw prompt must have text to continue.")
-    body = _shared_body(request)
+    body = shared_body(request)
     body["prompt"] = request.prompt
     if request.format is not None:
         body["json_schema"] = ANY_OBJECT if request.format == "json" else request.format
@@ -212,7 +213,8 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
     return body
 
 
-def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+def shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+    """Return what a chat and a raw completion have in common."""
     body = write_options(request.options, chat=isinstance(request, ChatRequest))
     if request.max_tokens is not None:
         body["max_tokens"] = request.max_tokens

@@ -35,7 +35,7 @@ from graftage.gguf import GgufError, read_file
 from graftage.http import Request, Response, Transport
 from graftage.types import PromptProgress
 from graftage_llamacpp import _convert
-from graftage_llamacpp._process import Launch, Process, SlotUse, file_state, start
+from graftage_llamacpp._process import FileState, Launch, LoadedFile, Process, SlotUse, file_state, start
 from graftage_llamacpp._sources import check_adapter
 from graftage_llamacpp._states import Place, States, key_of
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from graftage.calls import Call
-    from graftage.http import Clock, Headers
+    from graftage.http import Clock
     from graftage.types import Adapter, Phase
     from graftage_llamacpp._store import Stored
 
@@ -111,8 +111,8 @@ class Job:
             ProviderTimeout: the engine was not free in time.
             ModelLoadFailed: it could not be started.
         """
-        need = replace(self.need, slot=slot)
-        self.lease = cast("Lease", await self.engine.grant(need, self.call, deadline))
+        need = replace(self.need, slot=slot, deadline=deadline)
+        self.lease = cast("Lease", await self.engine.grant(need, self.call))
         return self.lease
 
 
@@ -130,17 +130,24 @@ class EngineTransport:
         slot = request.target in (CHAT, COMPLETIONS)
         lease = await job.take(time.monotonic() + clock.left() - MARGIN, slot=slot)
         try:
-            body = _with_adapters(request, lease)
-            job.place = await self._place(body, job, lease, clock) if body is not None else None
-            if body is not None and job.place is not None:
+            body = json.loads(request.body)
+            if request.target not in (TOKENIZE, TEMPLATE, COUNT):
+                _apply_adapters(request.target, body, lease)
+            job.place = await self._place(body, job, lease, clock)
+            if job.place is not None:
                 await job.place.restore(body["lora"])
                 body["cache_prompt"] = job.place.use.reuse
+            # A prompt of one batch has no progress.
+            if slot and len(request.body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
+                body["return_progress"] = True
             clock.enter("connect")
-            wire = _wire_request(request, lease, request.body if body is None else json.dumps(body).encode())
-            return _LeasedResponse(await self._network.send(wire, clock), lease, job.call, job.place)
+            response = await self._network.send(_post(lease.process, request.target, body), clock)
+            return _LeasedResponse(response, lease, job.call, job.place)
         except ConnectionFailed as error:
-            ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
-            lease.end()
+            try:
+                ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
+            finally:
+                lease.end()
             if ended is None:
                 raise
             broken = job.place is not None and job.place.broken
@@ -152,32 +159,31 @@ class EngineTransport:
     async def _place(self, body: dict[str, Any], job: Job, lease: Lease, clock: Clock) -> Place | None:
         """Return where a prompt is saved; None if it is not and cannot be."""
         use, keep = lease.use, body.pop("keep", None)
-        if use is None or use.scales is None or job.states is None or not (keep or job.states.folder.exists()):
+        if use is None or use.scales is None or job.states is None or not (keep or job.states.exist()):
             return None
-        key = await job.call.run(key_of, lease.process, job.stored.digest, use.weights)
+        key = await job.call.run(key_of, lease.process, job.stored.digest, use.scales)
         if key is None or not (keep or job.states.has(key)):
             return None
-        post = partial(self._post, lease, clock)
+        post = partial(self._ask, lease.process, clock)
         text = keep or body.get("prompt") or (await post(TEMPLATE, body)).get("prompt")
         if not text:
             return None
         use.rendered = text
-        return Place(states=job.states, key=key, use=use, keep=bool(keep), post=post, run=job.call.run)
+        tokens = len(body["prompt"]) if keep else 0
+        return Place(states=job.states, key=key, use=use, keep=tokens, post=post, run=job.call.run)
 
-    async def _post(self, lease: Lease, clock: Clock, path: str, body: Mapping[str, object]) -> Mapping[str, Any]:
+    async def _ask(self, process: Process, clock: Clock, path: str, body: Mapping[str, object]) -> Mapping[str, Any]:
         """Send JSON to the engine, and return its answer; empty if it refused."""
         clock.enter("first_token")
-        url, headers = f"{lease.process.address}{path}", _headers(lease.process)
-        request = Request(method="POST", url=url, headers=headers, body=json.dumps(body).encode())
-        response = await self._network.send(request, clock)
+        response = await self._network.send(_post(process, path, body), clock)
         try:
             pieces = []
             while piece := await response.read():
                 pieces.append(piece)
         finally:
             await response.close()
-        found = json.loads(b"".join(pieces)) if response.status == STATUS_OK else {}
-        return found if isinstance(found, dict) else {}
+        found: Mapping[str, Any] = json.loads(b"".join(pieces)) if response.status == STATUS_OK else {}
+        return found
 
     async def close(self) -> None:
         """Close every connection."""
@@ -245,49 +251,35 @@ class _LeasedResponse:
             self._lease.end()
 
 
-def _headers(process: Process) -> Headers:
-    return (("authorization", f"Bearer {process.key}"), ("content-type", "application/json"))
+def _post(process: Process, path: str, body: Mapping[str, object]) -> Request:
+    """Return a request with the engine's address and its key."""
+    headers = (("authorization", f"Bearer {process.key}"), ("content-type", "application/json"))
+    return Request(method="POST", url=f"{process.address}{path}", headers=headers, body=json.dumps(body).encode())
 
 
-def _wire_request(request: Request, lease: Lease, body: bytes) -> Request:
-    """Return the request to send: with the engine's address and its key."""
-    process = lease.process
-    if request.target in (CHAT, COMPLETIONS) and len(body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
-        body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch has no progress.
-    url = f"{process.address}{request.target}"
-    return Request(method=request.method, url=url, headers=_headers(process), body=body)
-
-
-def _with_adapters(request: Request, lease: Lease) -> dict[str, Any] | None:
-    """Return a body with the scale of every adapter, the slot, and whether to reuse the slot's cache.
-
-    None for a request that needs no slot.
+def _apply_adapters(path: str, body: dict[str, Any], lease: Lease) -> None:
+    """Put into a body the scale of every adapter, the slot, and whether to reuse the slot's cache.
 
     Raises:
         AdapterError: the engine does not have an adapter, and would answer with the base model.
     """
-    path = request.target
-    if path in (TOKENIZE, TEMPLATE, COUNT):
-        return None
     process = lease.process
-    found: dict[str, Any] = json.loads(request.body)
     wanted: Counter[str] = Counter()
-    for digest, weight in found.pop("adapter", ()):
+    for digest, weight in body.pop("adapter", ()):
         wanted[digest] += weight
-    if not wanted.keys() <= set(process.adapters):
+    if not wanted.keys() <= process.adapters.keys():
         raise AdapterError(
             "The engine has not loaded an adapter of the request.", retryable=True, hint="Load it again."
         )
     scales = tuple(float(wanted[digest]) for digest in process.adapters)
-    found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
+    body["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     if path in (EMBEDDINGS, RERANK):
         lease.use = process.slots.take_any()
-    else:
-        text = found.get("messages") or found.get("prompt") or ()
-        lease.use = process.slots.take(None if process.activated & wanted.keys() else scales, text)
-        lease.use.weights = {digest: weight for digest, weight in wanted.items() if weight}
-        found.update(id_slot=lease.use.number, cache_prompt=lease.use.reuse)
-    return found
+        return
+    activated = any(process.adapters[digest].activated for digest in wanted)
+    text = body.get("messages") or body.get("prompt") or ()
+    lease.use = process.slots.take(None if activated else scales, text)
+    body.update(id_slot=lease.use.number, cache_prompt=lease.use.reuse)
 
 
 def _ended_error(how: str, process: Process, *, retryable: bool) -> ConnectionFailed:
@@ -342,21 +334,17 @@ class Lease:
     """The use of a slot, while adapters are loaded."""
     reading: bool = False
     """Whether its slot waits for the beginning of the reply."""
-    _ended: bool = False
 
     def answered(self) -> None:
         """Note that the reply has begun: the engine has read the prompt, and another request may wait for the slot."""
         if self.use is not None:
             self.use.answered()
-        self.engine.answered(self)
+        self.reading = False
+        self.engine.grant_next()
 
     def end(self) -> None:
         """Give the lease back. A second call does nothing."""
-        if not self._ended:
-            self._ended = True
-            if self.use is not None:
-                self.use.end()
-            self.engine.give_back(self)
+        self.engine.give_back(self)
 
 
 class Engine:
@@ -377,9 +365,7 @@ class Engine:
         self.starts = 0
         """How often a child was started."""
         self._waiting: deque[Need] = deque()
-        self._running = 0
-        self._reading = 0
-        """Leases whose slot waits for the beginning of a reply."""
+        self._leases: set[Lease] = set()
         self._busy = False
         self._closed = False
         self._timer: threading.Timer | None = None
@@ -391,53 +377,43 @@ class Engine:
         process = self.process
         return process if process is not None and process.alive else None
 
-    async def grant(self, need: Need, call: Call, deadline: float) -> Lease | None:
+    async def grant(self, need: Need, call: Call) -> Lease | None:
         """Wait until the engine is what a request needs; return a lease, or None if it was to be ended.
 
         Raises:
             ProviderTimeout: the engine was not free in time.
             ModelLoadFailed: the engine could not be started.
         """
-        future = self._ask(replace(need, deadline=deadline))
+        with self._lock:
+            if self._closed:
+                raise _closed_error()
+            self._waiting.append(need)
+        self.grant_next()
         try:
-            await call.waiting.wait(future, deadline + MARGIN)
-            return future.result()
+            await call.waiting.wait(need.future, need.deadline + MARGIN)
+            return need.future.result()
         except TimeoutError as error:
-            self._withdraw(future)
-            raise self._not_free(need, call, deadline) from error
+            self._withdraw(need.future)
+            raise self._not_free(need, call) from error
         except BaseException:
-            self._withdraw(future)
+            self._withdraw(need.future)
             raise
 
     async def end(self, call: Call) -> None:
         """End the child once it is idle."""
-        await self.grant(Need(stop=True), call, call.deadline)
+        await self.grant(Need(stop=True, deadline=call.deadline), call)
 
-    def _not_free(self, need: Need, call: Call, deadline: float) -> ProviderTimeout:
-        phase: Phase = "total" if deadline >= call.deadline - 2 * MARGIN else "first_token"
+    def _not_free(self, need: Need, call: Call) -> ProviderTimeout:
         if self._fitting_process(need) is not None:
-            return ProviderTimeout(
-                "No slot was free in time.",
-                phase=phase,
-                hint="Raise the setting `slots` or the time limit, or ask less at once.",
-            )
-        if not self._running:
-            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the time limit.")
-        return ProviderTimeout(
-            f"The engine could not be restarted or ended in time: {self._running} requests still use it.",
-            phase=phase,
-            hint="Close unread streams, use the same `context_window` everywhere, or raise the time limit.",
-        )
-
-    def _ask(self, need: Need) -> Future[Lease | None]:
-        with self._lock:
-            if self._closed:
-                raise ConnectionFailed(
-                    "The engine has been closed.", retryable=False, hint="Use a client that is open."
-                )
-            self._waiting.append(need)
-        self._grant_next()
-        return need.future
+            what = "No slot was free in time."
+            hint = "Raise the setting `slots` or the time limit, or ask less at once."
+        elif not self._leases:
+            what, hint = "The engine was not started in time.", "Raise the time limit."
+        else:
+            what = f"The engine could not be restarted or ended in time: {len(self._leases)} requests still use it."
+            hint = "Close unread streams, use the same `context_window` everywhere, or raise the time limit."
+        phase: Phase = "total" if need.deadline >= call.deadline - 2 * MARGIN else "first_token"
+        return ProviderTimeout(what, phase=phase, hint=hint)
 
     def _withdraw(self, future: Future[Lease | None]) -> None:
         """Stop waiting, and give back a lease that is granted meanwhile."""
@@ -448,23 +424,18 @@ class Engine:
 
         if not future.cancel():
             future.add_done_callback(give_back)
-        self._grant_next()
-
-    def answered(self, lease: Lease) -> None:
-        """Let the next request have a slot."""
-        with self._lock:
-            self._reading -= lease.reading
-            lease.reading = False
-        self._grant_next()
+        self.grant_next()
 
     def give_back(self, lease: Lease) -> None:
         """End one request."""
         with self._lock:
-            self._running -= 1
-            self._reading -= lease.reading
-            lease.reading = False
+            if lease not in self._leases:
+                return
+            self._leases.remove(lease)
+            if lease.use is not None:
+                lease.use.end()
             self._start_idle_timer(lease.keep_alive)
-        self._grant_next()
+        self.grant_next()
 
     def drop_adapter(self, digest: str) -> bool:
         """Leave an adapter out of the next start, and return whether the running child has loaded it."""
@@ -483,20 +454,14 @@ class Engine:
             process.stop()
         for need in waiting:
             if need.future.set_running_or_notify_cancel():
-                need.future.set_exception(
-                    ConnectionFailed(
-                        "The engine was closed while the request waited.",
-                        retryable=False,
-                        hint="Use a client that is open.",
-                    )
-                )
+                need.future.set_exception(_closed_error())
 
     def disown(self) -> None:
         """In a forked process: forget the child without ending it."""
         if self.process is not None:
             self.process.disown()
 
-    def _grant_next(self) -> None:
+    def grant_next(self) -> None:
         """Grant all possible leases, and restart the engine if the next request needs that."""
         granted: list[tuple[Need, Lease]] = []
         with self._lock:
@@ -506,12 +471,12 @@ class Engine:
                 if need.future.cancelled():
                     self._waiting.remove(need)
                 elif not need.stop and (process := self._fitting_process(need)) is not None:
-                    if need.slot and self._reading >= self.launch.slots:
+                    if need.slot and sum(each.reading for each in self._leases) >= self.launch.slots:
                         continue
                     self._waiting.remove(need)
                     if need.future.set_running_or_notify_cancel():
                         granted.append((need, self._lease(need, process)))
-                elif self._running == 0:
+                elif not self._leases:
                     self._waiting.remove(need)
                     if need.future.set_running_or_notify_cancel():
                         self._busy = True
@@ -526,39 +491,34 @@ class Engine:
     def _fitting_process(self, need: Need) -> Process | None:
         """Return the running child if it is what the request needs."""
         process = self.running
-        if process is None:
+        if process is None or need.window not in (None, process.window):
             return None
-        if need.window not in (None, process.window):
-            return None
+        if need.window is None and need.slot and process.window < need.default_window:
+            return None  # Another client has asked for less.
         if process.state != file_state(Path(self.launch.model)):
             return None  # The file may have changed since it was loaded.
-        if any(each.digest not in process.adapters for each in need.adapters):
-            return None
-        return process
+        return process if all(each.digest in process.adapters for each in need.adapters) else None
 
     def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
-        self._running += 1
-        self._reading += need.slot
         self._cancel_timer()
         for each in need.adapters:
             self.adapters[each.digest] = self.adapters.pop(each.digest, each)
-        return Lease(
+        lease = Lease(
             engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive, reading=need.slot
         )
+        self._leases.add(lease)
+        return lease
 
     def _restart(self, need: Need) -> None:
         """End the child that does not fit, and start one that does. Runs on its own thread, one at a time."""
-        began = time.monotonic()
-        before = self.process
+        began, before = time.monotonic(), self.process
         died = before is not None and not before.alive
-        window = need.window or (before.window if before else None) or need.default_window
+        window = need.window or max(before.window if before else 0, need.default_window)
         process: Process | None = None
         lease: Lease | None = None
         error: Exception | None = None
-        adapters: dict[str, AdapterFile] = {}
         try:
-            if not need.stop:
-                adapters = self._choose_adapters(need)
+            adapters = {} if need.stop else self._choose_adapters(need)
             if before is not None:
                 self.process = None
                 before.stop()
@@ -570,11 +530,8 @@ class Engine:
             self._busy = False
             if process is not None and self._closed:
                 process.stop()
-                error, process = (
-                    ConnectionFailed("The engine was closed while the request waited.", retryable=False),
-                    None,
-                )
-            if process is not None:
+                error = _closed_error()
+            elif process is not None:
                 self.process = process
                 self.adapters = {digest: adapters[digest] for digest in process.adapters}
                 notes = _notes(before, process, need, died=died)
@@ -585,7 +542,7 @@ class Engine:
             need.future.set_exception(error)
         else:
             need.future.set_result(lease)
-        self._grant_next()
+        self.grant_next()
 
     def _choose_adapters(self, need: Need) -> dict[str, AdapterFile]:
         """Return the adapters to load: those that the request needs, then the last ones used that there is room for.
@@ -608,32 +565,21 @@ class Engine:
         """Start a child; if that fails, try again without the adapters that the request does not need."""
         needed = {each.digest: each for each in need.adapters}
         for attempt in (adapters, needed):
+            self.starts += 1
+            files = {digest: each.loaded for digest, each in attempt.items()}
             try:
-                return self._start_child(window, attempt, need.deadline)
+                return start(self.launch, window, files, need.deadline)
             except ModelLoadFailed as error:
                 failed = error
             if failed.reason == "timeout" or len(needed) == len(adapters):
                 break
-        words = str(failed.details.get("engine_stderr", ""))
-        culprits = [each for each in need.adapters if str(each.path) in words] or need.adapters
-        raise culprits[0].load_error(failed) if culprits else failed
-
-    def _start_child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
-        self.starts += 1
-        state = file_state(Path(self.launch.model))
-        files = {digest: each.file for digest, each in adapters.items()}
-        process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
-        process.files = files
-        process.state = state
-        # The cache of such an adapter depends on where it was invoked, so no other request can use it.
-        process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
-        return process
+        raise _load_error(failed, need.adapters)
 
     # --- The end of an idle child ------------------------------------------------------------------------------------
 
     def _start_idle_timer(self, keep_alive: float | None) -> None:
         self._cancel_timer()
-        if self._running or self._closed or keep_alive is None or keep_alive == math.inf:
+        if self._leases or self._closed or keep_alive is None or keep_alive == math.inf:
             return
         self.expires = datetime.now(UTC) + timedelta(seconds=keep_alive)
         self._timer = threading.Timer(min(keep_alive, threading.TIMEOUT_MAX), self._expire)
@@ -648,10 +594,14 @@ class Engine:
 
     def _expire(self) -> None:
         with self._lock:
-            if self._running or self._waiting or self._busy or self._closed:
+            if self._leases or self._waiting or self._busy or self._closed:
                 return
             self._waiting.append(Need(stop=True))
-        self._grant_next()
+        self.grant_next()
+
+
+def _closed_error() -> ConnectionFailed:
+    return ConnectionFailed("The engine has been closed.", retryable=False, hint="Use a client that is open.")
 
 
 def _notes(before: Process | None, process: Process, need: Need, *, died: bool) -> tuple[str, ...]:
@@ -665,12 +615,13 @@ def _notes(before: Process | None, process: Process, need: Need, *, died: bool) 
         return (
             f"The engine was restarted with a context window of {process.window} tokens instead of {before.window}.",
         )
-    if new := [f"`{each.name}`" for each in need.adapters if each.digest not in before.adapters]:
-        note = f"The engine was restarted to load the adapter {' and '.join(new)}"
-        dropped = len(set(before.adapters) - set(process.adapters))
-        room = "; raise `adapter_count` and `adapter_bytes` to keep more" if dropped else ""
-        return (f"{note}{f', and dropped {dropped}' if dropped else ''}{room}.",)
-    return ()
+    new = [f"`{each.name}`" for each in need.adapters if each.digest not in before.adapters]
+    if not new:
+        return ()
+    note = f"The engine was restarted to load the adapter {' and '.join(new)}"
+    if dropped := len(before.adapters.keys() - process.adapters.keys()):
+        note += f", and dropped {dropped}; raise `adapter_count` and `adapter_bytes` to keep more"
+    return (f"{note}.",)
 
 
 # --- Files of adapters -----------------------------------------------------------------------------------------------
@@ -689,12 +640,12 @@ class AdapterFile:
         """Whether it has an effect only after its invocation tokens."""
         self._adapter = adapter
         self._model = model
-        self._state: tuple[int, ...] | None = None
+        self._state: FileState | None = None
 
     @property
-    def file(self) -> tuple[Path, tuple[int, ...] | None]:
-        """The prepared file and its state."""
-        return self.path, self._state
+    def loaded(self) -> LoadedFile:
+        """The prepared file, as a child loads it."""
+        return LoadedFile(self.path, self._state, self.activated)
 
     @property
     def size(self) -> int:
@@ -756,20 +707,22 @@ class AdapterFile:
             )
         self.activated = "adapter.alora.invocation_tokens" in header.metadata
 
-    def load_error(self, error: ModelLoadFailed) -> GraftageError:
-        """Return the error for an engine that did not start with this adapter alone."""
-        words = str(error.details.get("engine_stderr", ""))
-        if error.reason != "incompatible" or "adapter_lora" not in words:
-            return error
-        kind = AdapterIncompatible if "wrong base model" in words or "mismatch" in words else AdapterUnsupported
-        failed = kind(
-            f"The engine cannot load the adapter `{self.name}`: {error.message}",
-            reference=self.name,
-            reasons=(error.message,),
-            hint="Choose the model it was made for.",
-        )
-        failed.__cause__ = error
-        return failed
+
+def _load_error(error: ModelLoadFailed, adapters: tuple[AdapterFile, ...]) -> GraftageError:
+    """Return the error for an engine that did not start with the adapters of a request."""
+    words = str(error.details.get("engine_stderr", ""))
+    if error.reason != "incompatible" or "adapter_lora" not in words or not adapters:
+        return error
+    name = next((each for each in adapters if str(each.path) in words), adapters[0]).name
+    kind = AdapterIncompatible if "wrong base model" in words or "mismatch" in words else AdapterUnsupported
+    failed = kind(
+        f"The engine cannot load the adapter `{name}`: {error.message}",
+        reference=name,
+        reasons=(error.message,),
+        hint="Choose the model it was made for.",
+    )
+    failed.__cause__ = error
+    return failed
 
 
 # --- All engines of this process -------------------------------------------------------------------------------------

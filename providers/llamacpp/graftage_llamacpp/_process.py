@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODEL",
+    "FileState",
     "Launch",
     "LlamaCppSettings",
+    "LoadedFile",
     "Process",
+    "Scales",
     "SlotUse",
     "common_prefix",
     "default_threads",
@@ -48,6 +51,8 @@ __all__ = [
 
 Scales: TypeAlias = tuple[float, ...]
 """The scale of each adapter, in the order of the engine's numbers."""
+FileState: TypeAlias = tuple[int, ...]
+"""What `file_state` returns."""
 
 PACKAGE: Final = "xllamacpp"
 SCRIPT: Final = Path(__file__).with_name("_child.py")
@@ -128,6 +133,15 @@ class Launch:
     """Folder of saved prompts; empty if none are saved."""
 
 
+class LoadedFile(NamedTuple):
+    """The file of an adapter, as a child has loaded it."""
+
+    path: Path
+    state: FileState | None
+    activated: bool
+    """Whether it has an effect only after its invocation tokens: then no other request can use its cache."""
+
+
 class Process:
     """A running child. Made by `start`."""
 
@@ -141,15 +155,11 @@ class Process:
         self.key = ""
         self.version = ""
         self.window = 0
-        self.adapters: tuple[str, ...] = ()
-        """Digests, in the order of the engine's numbers."""
-        self.activated: frozenset[str] = frozenset()
-        """Adapters that have an effect only after their invocation tokens."""
+        self.adapters: Mapping[str, LoadedFile] = {}
+        """By digest, in the order of the engine's numbers."""
         self.slots = Slots(1)
-        self.state: tuple[int, ...] | None = None
+        self.state: FileState | None = None
         """State of the model's file at the start."""
-        self.files: Mapping[str, tuple[Path, tuple[int, ...] | None]] = {}
-        """Files of the adapters by digest, with their states at the start."""
 
     @property
     def pid(self) -> int:
@@ -216,19 +226,15 @@ class Process:
         self._child.returncode = 0  # Only the real parent can wait for it.
 
 
-def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: float) -> Process:
+def start(launch: Launch, window: int, adapters: Mapping[str, LoadedFile], deadline: float) -> Process:
     """Start a child, and wait until it has loaded the model and the adapters, which are files by digest.
 
     Raises:
         ModelLoadFailed: it failed, or took too long.
     """
-    key = secrets.token_urlsafe(24)
-    order = {
-        "key": key,
-        "window": window,
-        "adapters": [str(path) for path in adapters.values()],
-        **asdict(launch),
-    }
+    key, state = secrets.token_urlsafe(24), file_state(Path(launch.model))
+    paths = [str(each.path) for each in adapters.values()]
+    order = {"key": key, "window": window, "adapters": paths, **asdict(launch)}
     process, answer = _launch(order, deadline)
     try:
         if answer is None or "address" not in answer:
@@ -237,8 +243,8 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
         process.stop()
         raise
     process.address, process.key, process.version = str(answer["address"]), key, str(answer["version"])
-    process.window, process.adapters, process.slots = window, tuple(adapters), Slots(launch.slots)
-    process.launch = launch
+    process.launch, process.window, process.slots = launch, window, Slots(launch.slots)
+    process.adapters, process.state = adapters, state
     return process
 
 
@@ -418,21 +424,14 @@ class _Slot:
     number: int
     made_with: Scales | None = None
     """The scales that made all of the cache; None if unknown."""
-    running: list[Scales | None] = field(default_factory=list)
-    """The scales of its requests. The engine has begun to answer all but the last one."""
-    reading: int = 0
-    """The turn of the request that waits for the beginning of its reply; 0 if none does."""
-    text: Sequence[Any] = ()
-    """The messages or the prompt of the last request."""
     rendered: str = ""
     """The whole prompt that made the cache; empty if unknown."""
+    text: Sequence[Any] = ()
+    """The messages or the prompt of the last request."""
     turn: int = 0
     """When the slot was last taken."""
-
-    def answered(self, turn: int) -> None:
-        """Note that a request no longer waits for its reply."""
-        if self.reading == turn:
-            self.reading = 0
+    uses: list[SlotUse] = field(default_factory=list)
+    """Its requests. The engine has begun to answer all but the last one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -442,12 +441,12 @@ class SlotUse:
     of: Slots
     slots: Sequence[_Slot]
     scales: Scales | None
-    reuse: bool = False
+    reuse: bool
     """Whether the request may use the cache."""
-    turn: int = 0
+    turn: int
     """When the slot was taken."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Adapters of the request, by digest."""
+    reading: bool
+    """Whether it waits for the beginning of its reply."""
     rendered: str = ""
     """The whole prompt, if known."""
     saved: int | None = None
@@ -457,11 +456,6 @@ class SlotUse:
     def number(self) -> int:
         """The number of the slot."""
         return self.slots[0].number
-
-    @property
-    def text(self) -> Sequence[Any]:
-        """The messages, the prompt or its tokens."""
-        return self.slots[0].text
 
     @property
     def alone(self) -> bool:
@@ -488,10 +482,11 @@ class SlotUse:
     def answered(self) -> None:
         """Note that the engine has read the prompt: the cache is that of this request."""
         with self.of.lock:
-            for slot in self.slots:
-                if self.alone:
+            self.reading = False
+            for slot in self.slots if self.alone else ():
+                # What the engine has put off, such as embeddings, may come to the slot after this.
+                if not any(use.scales is None for use in slot.uses if use is not self):
                     slot.made_with, slot.rendered = self.scales, self.rendered
-                slot.answered(self.turn)
 
     def distrust(self) -> None:
         """Note that the cache may be wrong, so that the next request reads its whole prompt."""
@@ -503,8 +498,7 @@ class SlotUse:
         """Leave the slot."""
         with self.of.lock:
             for slot in self.slots:
-                slot.running.remove(self.scales)
-                slot.answered(self.turn)
+                slot.uses.remove(self)
 
 
 class Slots:
@@ -521,8 +515,8 @@ class Slots:
             slot = min(
                 self._slots,
                 key=lambda each: (
-                    each.reading > 0,
-                    len(each.running),
+                    any(use.reading for use in each.uses),
+                    len(each.uses),
                     -common_prefix(each.text, text) if each.made_with == scales else 0,
                     each.turn,
                 ),
@@ -530,24 +524,20 @@ class Slots:
             slot.text = text
             # Without any adapter, all caches were made with the base.
             reuse = scales is not None and (slot.made_with == scales or not scales)
-            use = self._enter([slot], scales, reuse=reuse)
-            slot.reading = use.turn
-            return use
+            return self._enter(SlotUse(self, [slot], scales, reuse, next(self._turns), reading=True))
 
     def take_any(self) -> SlotUse:
         """Let the engine choose. It does not report the slot, so every cache is unknown afterwards."""
         with self.lock:
-            return self._enter(self._slots, None, reuse=False)
+            return self._enter(SlotUse(self, self._slots, None, reuse=False, turn=next(self._turns), reading=False))
 
-    def _enter(self, slots: Sequence[_Slot], scales: Scales | None, *, reuse: bool) -> SlotUse:
-        turn = next(self._turns)
-        for slot in slots:
-            slot.running.append(scales)
-            slot.turn = turn
-            if not reuse:
-                # If the request fails, the old cache may remain.
+    def _enter(self, use: SlotUse) -> SlotUse:
+        for slot in use.slots:
+            slot.uses.append(use)
+            slot.turn = use.turn
+            if not use.reuse:  # If the request fails, the old cache may remain.
                 slot.made_with, slot.rendered = None, ""
-        return SlotUse(self, slots, scales, reuse, turn)
+        return use
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
@@ -640,7 +630,7 @@ def resident_memory(pid: int) -> int | None:
     return None
 
 
-def file_state(path: Path) -> tuple[int, ...] | None:
+def file_state(path: Path) -> FileState | None:
     """Return values that change with a file; None if it does not exist."""
     try:
         found = path.stat()

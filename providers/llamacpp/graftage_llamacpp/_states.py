@@ -30,7 +30,7 @@ from graftage_llamacpp._process import file_state
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
-    from graftage_llamacpp._process import Process, SlotUse
+    from graftage_llamacpp._process import FileState, Process, Scales, SlotUse
 
 __all__ = ["Place", "State", "States", "key_of"]
 
@@ -48,24 +48,20 @@ STALE: Final = 3600.0
 # --- What the numbers depend on --------------------------------------------------------------------------------------
 
 
-def key_of(process: Process, digest: str | None, weights: Mapping[str, float]) -> str | None:
-    """Return the key of what a child computes with some adapters, which are weights by digest.
+def key_of(process: Process, digest: str | None, scales: Scales) -> str | None:
+    """Return the key of what a child computes with a scale for each of its adapters.
 
-    None if that is unknown, since a file has changed after the child loaded it.
-
-    Args:
-        process: The child.
-        digest: Digest of the model's file, if known.
-        weights: The adapters of the request.
+    None if that is unknown, since a file has changed after the child loaded it. `digest` is that of the model's file,
+    if known.
     """
     adapters = []
-    for each, weight in weights.items():
-        path, state = process.files[each]
-        # The digest of an adapter is that of its source, which another version may convert to another file.
-        content = _digest(path, state)
-        if content is None:
-            return None
-        adapters.append((content, weight))
+    for file, scale in zip(process.adapters.values(), scales, strict=True):
+        if scale:
+            # The digest of an adapter is that of its source, which another version may convert to another file.
+            content = _digest(file.path, file.state)
+            if content is None:
+                return None
+            adapters.append((content, scale))
     model = process.state or ()
     facts = {
         "format": 1,
@@ -80,7 +76,7 @@ def key_of(process: Process, digest: str | None, weights: Mapping[str, float]) -
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _digest(path: Path, state: tuple[int, ...] | None) -> str | None:
+def _digest(path: Path, state: FileState | None) -> str | None:
     """Return the digest of a file that is still in a state; None if it has changed or cannot be read."""
     try:
         found = _hash(path, state)
@@ -90,7 +86,7 @@ def _digest(path: Path, state: tuple[int, ...] | None) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(path: Path, _state: tuple[int, ...] | None) -> str:
+def _hash(path: Path, _state: FileState | None) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -138,6 +134,10 @@ class States:
         self.limit = limit
         """Bytes of all states; the least recently used goes first."""
 
+    def exist(self) -> bool:
+        """Whether there may be any."""
+        return os.path.isdir(self.folder)  # noqa: PTH112 - false also for a folder that must not be looked at
+
     def has(self, key: str) -> bool:
         """Whether there is any state with a key."""
         return any(self.folder.glob(f"{key}-*{SUFFIX}.json"))
@@ -156,7 +156,7 @@ class States:
                     if state.name == path.stem:
                         yield state
             except (FileNotFoundError, ValueError):
-                self._delete(path.stem)
+                self.delete(path.stem)
             except OSError:
                 continue  # Perhaps too many files are open now.
 
@@ -168,14 +168,11 @@ class States:
             with contextlib.suppress(OSError):
                 os.utime(path.with_name(f"{path.name}.json"))  # It is used.
         elif found:
-            self.delete(state)
+            self.delete(state.name)
         return found == state.digest
 
-    def delete(self, state: State) -> None:
-        """Delete a state."""
-        self._delete(state.name)
-
-    def _delete(self, name: str) -> None:
+    def delete(self, name: str) -> None:
+        """Delete a state, if it exists."""
         for path in (self.folder / f"{name}.json", self.folder / name):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -196,34 +193,31 @@ class States:
             OSError: the folder cannot be written.
         """
         path = self.folder / part
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size, marks = path.stat().st_size, tuple(_marks(text))
+        digest, size, marks = _hash(path, file_state(path)), path.stat().st_size, tuple(_marks(text))
         state = State(key=key, tokens=tokens, size=size, digest=digest, length=len(text), marks=marks)
         note = self.folder / f"{part}.json"
         note.touch(0o600)
         note.write_text(state.model_dump_json(), encoding="utf-8")
         path.replace(self.folder / state.name)
         note.replace(self.folder / f"{state.name}.json")
-        self.prune(state.name)
+        self.prune(state)
 
-    def prune(self, kept: str) -> None:
+    def prune(self, kept: State) -> None:
         """Delete what is beyond the limit, except one, and what was left behind."""
-        room, now = self.limit, time.time()
-        used: list[tuple[bool, float, int, str]] = []
+        used: list[tuple[float, int, str]] = []
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):
                 status = path.stat()
-                if path.suffix == SUFFIX:
+                if path.suffix == SUFFIX and path.name != kept.name:
                     note = path.with_name(f"{path.name}.json")
-                    at = note.stat().st_mtime if note.exists() else 0.0
-                    used.append((path.name == kept, at, status.st_size, path.name))
-                elif ".part" in path.suffixes and now - status.st_mtime > STALE:
+                    used.append((note.stat().st_mtime if note.exists() else 0.0, status.st_size, path.name))
+                elif ".part" in path.suffixes and time.time() - status.st_mtime > STALE:
                     path.unlink()
-        for _, _, size, name in sorted(used, reverse=True):
+        room = self.limit - kept.size
+        for _, size, name in sorted(used, reverse=True):
             room -= size
-            if room < 0 and name != kept:
-                self._delete(name)
+            if room < 0:
+                self.delete(name)
 
 
 def _is_ours(path: Path) -> bool:
@@ -242,8 +236,8 @@ class Place:
     states: States
     key: str
     use: SlotUse
-    keep: bool
-    """Whether to save the prompt after it was read."""
+    keep: int
+    """Tokens of the prompt, to save after it was read; 0 to save nothing."""
     post: Post
     run: Run
     size: int | None = None
@@ -272,12 +266,12 @@ class Place:
                 await self.post("/completion", first)
             answer = await self.post(f"/slots/{use.number}?action=restore", {"filename": state.name})
         except (ConnectionFailed, StreamInterrupted):
-            self.states.delete(state)
+            self.states.delete(state.name)
             self.broken = True
             raise
         whole = answer.get("n_restored") == state.tokens
         if not whole:
-            self.states.delete(state)
+            self.states.delete(state.name)
         use.restored(state.tokens if whole and use.alone else None)
 
     async def save(self) -> None:
@@ -293,16 +287,16 @@ class Place:
             self.problem = f"the folder {self.states.folder} cannot be written ({error.strerror})"
 
     async def _save(self, part: str, text: str) -> str:
-        path, tokens = self.states.folder / part, len(self.use.text)
+        path = self.states.folder / part
         try:
             answer = await self.post(f"/slots/{self.use.number}?action=save", {"filename": part})
             if not self.use.alone:
                 return "other requests use its slot"
-            if answer.get("n_saved") != tokens:
+            if answer.get("n_saved") != self.keep:
                 return f"the engine cannot write it to {self.states.folder}"
             if (size := path.stat().st_size) > self.states.limit:
                 return f"its {size} bytes are more than the setting `prompts_bytes` allows"
-            await self.run(self.states.install, part, self.key, text, tokens)
+            await self.run(self.states.install, part, self.key, text, self.keep)
             self.size = size
             return ""
         finally:

@@ -20,6 +20,8 @@ import sys
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias
 
@@ -81,23 +83,19 @@ class Store:
     def __init__(self, folder: Path | None, known: Mapping[str, PackageSource] | None = None) -> None:
         self._given = folder
         self.known = KNOWN if known is None else known
-        self._folder: Path | None = None
         self._headers: dict[State, Header] = {}
         self._reading = threading.Lock()
         self._digests: dict[State, str] = {}
         self._hashing = threading.Lock()
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The folder of the models, which may not exist yet."""
-        if self._folder is None:
-            if self._given is not None:
-                self._folder = self._given.expanduser().absolute()
-            else:
-                from platformdirs import user_data_path
+        if self._given is not None:
+            return self._given.expanduser().absolute()
+        from platformdirs import user_data_path
 
-                self._folder = user_data_path("graftage", appauthor=False) / "models"
-        return self._folder
+        return user_data_path("graftage", appauthor=False) / "models"
 
     # --- Names -------------------------------------------------------------------------------------------------------
 
@@ -215,11 +213,8 @@ class Store:
 
     def _hash(self, path: Path, watch: Watch) -> Generator[PullProgress, None, str]:
         """Compute the digest of a file, and note it beside the file if it is the expected one."""
-        state, digest = _file_state(path), ""
-        for step in _digest_steps(path, watch):
-            digest = step.digest or digest
-            yield step
-        self._digests[state] = digest
+        state = _file_state(path)
+        digest = self._digests[state] = yield from _digest_steps(path, watch)
         if digest == _expected_digest(path):
             with contextlib.suppress(OSError):  # The folder may be read-only.
                 _write_note(path, {**_read_note(path), **_note_fields(digest, path)})
@@ -241,24 +236,16 @@ class Store:
         )
 
     def _files(self) -> Iterator[Path]:
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            if path.is_file():
-                yield path
-        for path in (self.folder / "hf").glob(f"**/*{SUFFIX}"):
-            if path.is_file():
-                yield path
+        found = chain(self.folder.glob(f"*{SUFFIX}"), (self.folder / "hf").glob(f"**/*{SUFFIX}"))
+        return (path for path in found if path.is_file())
 
     def _header(self, path: Path) -> Header:
         key = _file_state(path)
-        known = self._headers.get(key)
-        if known is None:
-            with self._reading:  # This takes a tenth of a second: concurrent callers read it once.
-                known = self._headers.get(key)
-                if known is None:
-                    known = read_file(path)
-                    kept = {old: each for old, each in self._headers.items() if old[0] != key[0]}
-                    self._headers = {**kept, key: known}
-        return known
+        with self._reading:  # This takes a tenth of a second: concurrent callers read it once.
+            if key not in self._headers:
+                kept = {old: each for old, each in self._headers.items() if old[0] != key[0]}
+                self._headers = {**kept, key: read_file(path)}
+            return self._headers[key]
 
     def _stored(self, path: Path, header: Header) -> Stored:
         note = _read_note(path)
@@ -391,11 +378,7 @@ class Store:
 
     def _install(self, source: Source, part: Path, path: Path, watch: Watch) -> Iterator[PullProgress]:
         """Verify a complete file and move it to its place, in one step."""
-        digest = ""
-        for step in _digest_steps(part, watch):
-            digest = step.digest or digest
-            yield step
-        size = part.stat().st_size
+        digest, size = (yield from _digest_steps(part, watch)), part.stat().st_size
         try:
             _check(part, digest, source.digest)
         except GgufError as error:
@@ -476,8 +459,8 @@ def _file_state(path: Path) -> State:
     return str(path), status.st_size, status.st_mtime_ns
 
 
-def _digest_steps(path: Path, watch: Watch) -> Iterator[PullProgress]:
-    """Hash a file; the last step has the digest."""
+def _digest_steps(path: Path, watch: Watch) -> Generator[PullProgress, None, str]:
+    """Hash a file, and return its digest, which the last step has, too."""
     status = "verifying the digest"
     total = path.stat().st_size
     sha = hashlib.sha256()
@@ -486,22 +469,20 @@ def _digest_steps(path: Path, watch: Watch) -> Iterator[PullProgress]:
             watch.check()
             sha.update(block)
             yield PullProgress(status=status, total=total, completed=file.tell())
-    yield PullProgress(status=status, digest=f"sha256:{sha.hexdigest()}", total=total, completed=total)
+    digest = f"sha256:{sha.hexdigest()}"
+    yield PullProgress(status=status, digest=digest, total=total, completed=total)
+    return digest
 
 
 def _require_space(folder: Path, needed: int, label: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
         raise ProviderError(
-            f"The disk is too full for {label}: {_megabytes(needed)} are needed,"
-            f" {_megabytes(free)} are free in {folder}.",
+            f"The disk is too full for {label}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free in"
+            f" {folder}.",
             hint="Make room, or name another folder in the setting `models_path`.",
             details={"needed": needed, "free": free},
         )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
 
 
 def _write_error(error: OSError, folder: Path) -> ProviderError:

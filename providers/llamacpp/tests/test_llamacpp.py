@@ -355,6 +355,13 @@ class TestContextWindow:
         assert any("512" in each for each in reply.warnings)
         assert [each.context_window for each in llm.loaded()] == [512]
 
+    def test_smaller_one_of_another_call_is_not_kept(self, both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", models_path=small_store)
+        assert llm.chat("Hello", max_tokens=1, context_window=64).finish_reason == "length"
+        assert llm.count_tokens("Hello " * 50) > 64
+        assert [each.context_window for each in llm.loaded()] == [64]
+        assert llm.chat("Hello " * 50, max_tokens=1).finish_reason == "length"
+
     def test_smallest_window_works(self, llm: Any) -> None:
         assert llm.generate("a", raw=True, max_tokens=1, context_window=2).usage.output_tokens == 1
 

@@ -37,6 +37,7 @@ from graftage.settings import Settings
 from graftage.types import Adapter, LoadedAdapter, Verdict
 from graftage_llamacpp import LlamaCppSettings, connect
 from graftage_llamacpp._convert import SYSTEM_PROMPT
+from graftage_llamacpp._process import Slots
 from graftage_lora import LoraPlugin
 
 if TYPE_CHECKING:
@@ -521,6 +522,16 @@ class TestPromptCache:
         assert caught.value.hint
         doubtful.cached = 0
         assert not ask_with_context(llm, "contrary")[1]
+
+    def test_cache_is_unknown_during_embedding(self) -> None:
+        slots = Slots(1)
+        for before in (slots.take_any(), None):
+            use = slots.take((1.0,), "x")
+            use.answered()
+            use.end()
+            if before is not None:
+                before.end()
+            assert slots.take((1.0,), "x").reuse == (before is None)
 
     def test_health_check_leaves_replies_unchanged(self, cached: Any) -> None:
         cold, _ = ask_with_context(cached, "ahoy")

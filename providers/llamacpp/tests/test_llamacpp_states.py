@@ -25,7 +25,7 @@ from small_engine import ADAPTERS, END, MODEL, NAME, START, TEMPLATE, TOKENS
 from graftage.exceptions import ConnectionFailed, ProviderTimeout
 from graftage.types import Timeouts
 from graftage_llamacpp._engine import engines
-from graftage_llamacpp._process import file_state
+from graftage_llamacpp._process import LoadedFile, file_state
 from graftage_llamacpp._states import STALE, Place, States, key_of
 from graftage_lora import LoraPlugin
 
@@ -206,8 +206,8 @@ class TestKey:
             path.write_bytes(content)
             launch = SimpleNamespace(slots=facts.pop("slots", 1), gpu_layers=facts.pop("gpu_layers", None))
             process = {"version": "1", "window": 512, "state": (1, 2, 3, 4, 5), "launch": launch, **facts}
-            files = {"a": (path, file_state(path))}
-            return key_of(cast("Process", SimpleNamespace(files=files, **process)), digest, {"a": weight})
+            adapters = {"a": LoadedFile(path, file_state(path), activated=False)}
+            return key_of(cast("Process", SimpleNamespace(adapters=adapters, **process)), digest, (weight,))
 
         changes: list[Mapping[str, Any]] = [
             {},
@@ -230,10 +230,10 @@ class TestKey:
     def test_file_changed_after_load_has_no_key(self, tmp_path: Path) -> None:
         path = tmp_path / "adapter.gguf"
         path.write_bytes(b"one")
-        files = {"a": (path, file_state(path)), "b": (tmp_path / "gone", (1,))}
+        files = [LoadedFile(path, file_state(path), activated=False), LoadedFile(tmp_path / "gone", (1,), False)]
         path.write_bytes(b"longer")
-        process = cast("Process", SimpleNamespace(files=files))
-        assert [key_of(process, None, {name: 1.0}) for name in files] == [None, None]
+        process = cast("Process", SimpleNamespace(adapters=dict(enumerate(files))))
+        assert [key_of(process, None, scales) for scales in ((1.0, 0.0), (0.0, 1.0))] == [None, None]
 
     def test_activated_adapter_is_not_saved(self, start: Any, tmp_path: Path) -> None:
         write_peft(tmp_path / "adapters" / "late", ADAPTERS["ahoy"], alora_invocation_tokens=[TOKENS.index("~")])
@@ -357,7 +357,7 @@ class TestDamage:
 
         text = f"{START}system\n{STORY}{END}\n{START}user\nWhat"
         use: Any = SimpleNamespace(rendered=text, alone=True, number=0, has=lambda _: False)
-        place = Place(states=states, key=key, use=use, keep=False, post=post, run=run)
+        place = Place(states=states, key=key, use=use, keep=0, post=post, run=run)
         with pytest.raises(ConnectionFailed):
             place.restore([]).send(None)
         assert not saved(tmp_path)
@@ -405,6 +405,11 @@ class TestFolder:
             assert ask(llm, "ahoy")[2] == warmed.tokens
         assert not saved(tmp_path)
 
+    @pytest.mark.parametrize("path", ["/" + "x" * 300, "~nobody-here/prompts"])
+    def test_impossible_folder_stops_no_chat(self, path: str, both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", models_path=small_store, context_window=1024, prompts_path=path)
+        assert llm.chat(QUESTION, max_tokens=1).finish_reason == "length"
+
     def test_zero_turns_saving_off(self, start: Any, tmp_path: Path) -> None:
         assert start().warm(None, FIXED).saved
         llm = start(prompts_bytes=0)
@@ -444,7 +449,7 @@ class TestContention:
         os.kill(pid, signal.SIGSTOP)
         try:
             first = both.start(llm.chat, "Hi", max_tokens=1)
-            assert eventually(lambda: engine._reading == 1)
+            assert eventually(lambda: len(engine._leases) == 1)
             with pytest.raises(ProviderTimeout, match="slot"):
                 llm.chat("Hi", max_tokens=1, timeout=Timeouts(first_token=0.2))
         finally:
