@@ -193,8 +193,8 @@ class _Download:
 def _library() -> Any:
     """Import what the extra installs, or say so."""
     try:
+        import huggingface_hub  # isort: skip - an error names the first that is missing
         import filelock  # noqa: F401
-        import huggingface_hub
         import tomlkit  # noqa: F401
     except ImportError as error:
         raise AdapterUnsupported(
