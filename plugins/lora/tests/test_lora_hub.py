@@ -40,6 +40,15 @@ STYLE = "someone/style"
 TOKEN = "hf_aVerySecretToken"
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """A server that prints nothing if a client goes away."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Expect it."""
+
+
 class Hub:
     """A stand-in for the hub, as far as `huggingface_hub` asks it for a model's files."""
 
@@ -57,8 +66,7 @@ class Hub:
         self.moves_to = ""
         """The commit that each file is of, if the branch moves after the list of files."""
         self.pause = 0.0
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
