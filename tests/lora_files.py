@@ -7,6 +7,8 @@ rotary pairs are neighbours. Neither shares code with the plugin.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from graftage.calls import ResolveRequest
 from graftage.types import ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -424,3 +426,44 @@ def hub(place: Place, repository: str = "models--someone--ahoy") -> Path:
         (blobs / f"{number:064x}").write_bytes(source.read_bytes())
         (snapshot / source.name).symlink_to(f"../../blobs/{number:064x}")
     return folder
+
+
+# --- The engine ------------------------------------------------------------------------------------------------------
+
+ENGINE = """
+import json, sys, urllib.request, xllamacpp
+for order in json.load(sys.stdin):
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.cpuparams.n_threads, params.verbosity = order["model"], 256, 1, 1
+    params.fit_params, params.cache_ram_mib, params.n_parallel, params.warmup = False, 0, 1, False
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(each, 0.0) for each in order["adapters"]]
+    server = xllamacpp.Server(params)
+    for scales in order["asked"]:
+        body = {"prompt": order["tokens"], "n_predict": 1, "n_probs": 4096, "temperature": 0, "cache_prompt": False}
+        body["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
+        request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as answer:
+            found = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
+        print(json.dumps([each["logprob"] for each in sorted(found, key=lambda each: each["id"])]))
+    del server
+"""
+"""A server of llama.cpp in a separate process, which does not import Graftage."""
+
+
+def served(tokens: Sequence[int], *orders: tuple[Path, Sequence[Path], Sequence[Sequence[float]]]) -> list[Any]:
+    """Log-probabilities of all words after some tokens, for each model and each set of scales."""
+    asked = [
+        {"model": str(model), "adapters": [str(each) for each in adapters], "asked": scales, "tokens": list(tokens)}
+        for model, adapters, scales in orders
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [np.array(json.loads(line)) for line in done.stdout.splitlines()]

@@ -30,6 +30,16 @@ WINDOW = 32768
 NAME = "small"
 
 
+def add_vocabulary(writer: gguf.GGUFWriter, template: str = TEMPLATE) -> None:
+    """Add the tokens and a chat template."""
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "default")
+    writer.add_array("tokenizer.ggml.tokens", TOKENS)
+    writer.add_array("tokenizer.ggml.token_type", [1] * (len(TOKENS) - 2) + [3, 3])
+    writer.add_array("tokenizer.ggml.merges", ["~ ~"])
+    writer.add_string("tokenizer.chat_template", template)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SmallModel(Model):
     """A small llama that the engine can run."""
@@ -53,12 +63,7 @@ class SmallModel(Model):
         for key, value in numbers.items():
             writer.add_uint32(key, value)
         writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        writer.add_string("tokenizer.ggml.model", "gpt2")
-        writer.add_string("tokenizer.ggml.pre", "default")
-        writer.add_array("tokenizer.ggml.tokens", TOKENS)
-        writer.add_array("tokenizer.ggml.token_type", [1] * (len(TOKENS) - 2) + [3, 3])
-        writer.add_array("tokenizer.ggml.merges", ["~ ~"])
-        writer.add_string("tokenizer.chat_template", template)
+        add_vocabulary(writer, template)
         for name, data in self.placed().items():
             add(writer, name, data, "F32")
         close(writer)

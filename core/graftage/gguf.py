@@ -22,6 +22,7 @@ __all__ = [
     "ALIGNMENT",
     "ARRAY",
     "BLOCKS",
+    "INVOCATION",
     "MAGIC",
     "MAX_HEAD",
     "SCALARS",
@@ -37,6 +38,8 @@ __all__ = [
     "read_file",
 ]
 
+INVOCATION: Final = "adapter.alora.invocation_tokens"
+"""The key with the tokens after which an adapter acts."""
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
@@ -180,6 +183,11 @@ class Header:
     def architecture(self) -> str:
         """The architecture of the model, or of an adapter's base model; empty if the file does not state it."""
         return self._text("general.architecture")
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether it is an adapter that acts only after some tokens of the prompt (aLoRA)."""
+        return INVOCATION in self.metadata
 
     @property
     def is_adapter(self) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from graftage.gguf import MAGIC, Header, Tensor, bytes_of
+from graftage.gguf import INVOCATION, MAGIC, Header, Tensor, bytes_of
 from graftage_lora._architectures import EMBEDDING, LEAVE_OUT, OUTPUT, clean_name, gguf_name, tower_of
 from graftage_lora._configs import (
     MAX_RANK,
@@ -276,7 +276,7 @@ def _read_gguf(file: CheckedFile, max_bytes: int) -> Lora:
         sha256=file.sha256,
         architecture=header.architecture,
         base_model=_gguf_base(keys),
-        invocation=invocation_tokens(keys.get("adapter.alora.invocation_tokens")),
+        invocation=invocation_tokens(keys.get(INVOCATION)),
         warnings=(f"{skipped} norm tensors of the adapter are ignored: no server applies them.",) if skipped else (),
     )
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPES, Header, Tensor, bytes_of
+from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, INVOCATION, MAGIC, SCALARS, STRING, TYPES, Header, Tensor, bytes_of
 from graftage_lora._architectures import ARCHITECTURES, EMBEDDING, is_placed, no_row, why_misplaced
 from graftage_lora._files import CheckedFile, Refused
 from graftage_lora._lora import Array, Lora, Part, even_scale
@@ -61,7 +61,7 @@ def encode(lora: Lora, metadata: Mapping[str, object]) -> bytes:
         "adapter.lora.alpha": (FLOAT32, alpha),
     }
     if lora.facts.invocation:
-        values["adapter.alora.invocation_tokens"] = (ARRAY, lora.facts.invocation)
+        values[INVOCATION] = (ARRAY, lora.facts.invocation)
     lines = [(name, data.shape[::-1], f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
     data = [each.tobytes() + bytes(_padding(each.nbytes, ALIGNMENT)) for _, each in tensors]
     return _encoded_head(3, len(values), _key_values(values), lines, ALIGNMENT) + b"".join(data)

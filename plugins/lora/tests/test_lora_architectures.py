@@ -7,10 +7,7 @@ llama.cpp's converter, and shares no code with the plugin.
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import pytest
-from lora_files import Pair, Place, add, close, neighbours, write_mlx, write_peft
+from lora_files import Pair, Place, add, close, neighbours, served, write_mlx, write_peft
 from places import ROOT
 
 from graftage.exceptions import AdapterInvalid, AdapterUnsupported
@@ -26,7 +23,7 @@ from graftage.types import ModelInfo
 from graftage_lora._architectures import ARCHITECTURES, LEAVE_OUT, gguf_name, module_name, tower_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
 TOKENS = [3, 14, 15, 9, 2, 6, 5]
@@ -312,39 +309,6 @@ def info(architecture: str) -> ModelInfo:
     return ModelInfo(name="small:1m", metadata=metadata(architecture), tensors=shapes)
 
 
-ENGINE = """
-import json, sys, urllib.request, xllamacpp
-for order in json.load(sys.stdin):
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.cpuparams.n_threads, params.verbosity = order["model"], 64, 1, 1
-    params.fit_params, params.cache_ram_mib, params.n_parallel, params.warmup = False, 0, 1, False
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(each, 0.0) for each in order["adapters"]]
-    server = xllamacpp.Server(params)
-    for scales in order["asked"]:
-        body = {"prompt": order["tokens"], "n_predict": 1, "n_probs": 4096, "temperature": 0, "cache_prompt": False}
-        body["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
-        request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request) as answer:
-            found = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
-        print(json.dumps([each["logprob"] for each in sorted(found, key=lambda each: each["id"])]))
-    del server
-"""
-
-
-def served(*orders: tuple[Path, Sequence[Path], Sequence[Sequence[float]]]) -> list[Any]:
-    """Log-probabilities of all words after `TOKENS`, for each model and each set of scales."""
-    asked = [
-        {"model": str(model), "adapters": [str(each) for each in adapters], "asked": scales, "tokens": TOKENS}
-        for model, adapters, scales in orders
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE], input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [np.array(json.loads(line)) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
@@ -374,7 +338,7 @@ class TestNumbers:
         merged = {name: data + (adapter[name].change if name in adapter else 0) for name, data in weights.items()}
         truth = write_model(place.folder / "merged.gguf", architecture, merged)
         off, on = [0.0] * len(files), [1.0] * len(files)
-        plain, hot, whole = served((base, files, [off, on]), (truth, [], [[]]))
+        plain, hot, whole = served(TOKENS, (base, files, [off, on]), (truth, [], [[]]))
         assert np.abs(hot - whole).max() < EQUAL
         assert np.abs(hot - plain).max() > CLEAR
 
@@ -383,7 +347,7 @@ class TestNumbers:
         names = ["llama", "qwen2", "mistral3", "smollm3", "seed_oss", "qwen2vl"]
         weights = originals(SMALL["llama"])
         models = [write_model(place.folder / f"{name}.gguf", name, weights) for name in names]
-        first, *rest = served(*((model, [], [[]]) for model in models))
+        first, *rest = served(TOKENS, *((model, [], [[]]) for model in models))
         assert {SMALL[name].permuted for name in names} == {True, False}
         assert all(np.abs(each - first).max() < EQUAL for each in rest)
 

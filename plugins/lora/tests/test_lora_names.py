@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from graftage.types import ModelInfo
 from graftage_lora._names import name_warnings
 
-CACHE = "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/d149729398750b98c0af14eb82c78cfe92750796"
+CACHE = "/data/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/d149729398750b98c0af14eb82c78cfe92750796"
 
 DIFFERENT = """
     HuggingFaceTB/SmolLM-135M | smollm2:135m
@@ -53,7 +53,7 @@ DIFFERENT = """
     microsoft/Phi-3-mini-4k-instruct | phi3:medium
     ibm-granite/granite-3.1-2b-instruct | granite3.3:2b
     tiiuae/falcon-7b | falcon3:7b
-    /root/.cache/huggingface/hub/models--Qwen--Qwen2-7B/snapshots/0123456789abcdef | qwen2.5:7b
+    /data/huggingface/hub/models--Qwen--Qwen2-7B/snapshots/0123456789abcdef | qwen2.5:7b
     C:\\Users\\me\\models--Qwen--Qwen2.5-Coder-7B\\snapshots\\0123456789abcdef | qwen2.5:7b
     /home/me/.cache/modelscope/hub/Qwen/Qwen2___5-7B-Instruct | qwen2:7b
     someone/other-7b | small:1m

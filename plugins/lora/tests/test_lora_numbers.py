@@ -8,10 +8,7 @@ logits move is compared with how far the adapter moves them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from lora_files import (
     logits,
     neighbours,
     pairs,
+    served,
     tensors_of,
     write_gguf,
     write_mlx,
@@ -475,42 +473,6 @@ class TestMerge:
         assert base.read_bytes() == before
 
 
-ENGINE = """
-import json, sys, urllib.request, xllamacpp
-order = json.load(sys.stdin)
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.cpuparams.n_threads, params.verbosity = order["model"], 256, 1, 1
-params.fit_params, params.cache_ram_mib = False, 0
-params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(each, 0.0) for each in order["adapters"]]
-server = xllamacpp.Server(params)
-for scales in order["asked"]:
-    body = {"prompt": order["tokens"], "n_predict": 1, "n_probs": 4096, "temperature": 0, "cache_prompt": False}
-    body["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
-    request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request) as answer:
-        found = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
-    print(json.dumps({each["id"]: each["logprob"] for each in found}))
-"""
-"""A server of llama.cpp in a separate process, which does not import Graftage."""
-
-
-def served(model: Path, adapters: list[Path], asked: list[list[float]]) -> list[Any]:
-    """Log-probabilities of all tokens after `TOKENS`, for each set of scales."""
-    order = {"model": str(model), "adapters": [str(each) for each in adapters], "asked": asked, "tokens": TOKENS}
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [{int(number): each for number, each in json.loads(line).items()} for line in done.stdout.splitlines()]
-    return [np.array([line[number] for number in sorted(line)]) for line in lines]
-
-
 @pytest.mark.engine
 def test_llama_cpp_agrees(place: Place) -> None:
     """0.003 of a log-probability is what the engine differs by from NumPy on the base model alone."""
@@ -520,8 +482,8 @@ def test_llama_cpp_agrees(place: Place) -> None:
     careless = write_gguf(place.folder / "careless.gguf", Model(architecture="plain"), adapter, architecture="llama")
     native = found.gguf(model.info())
     merged = found.merge(base, place.folder / "merged.gguf")
-    plain, hot, half, wrong = served(base, [native, careless], [[0, 0], [1, 0], [0.5, 0], [0, 1]])
-    (whole,) = served(merged, [], [[]])
+    scales = [[0.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.0, 1.0]]
+    plain, hot, half, wrong, whole = served(TOKENS, (base, [native, careless], scales), (merged, [], [[]]))
     truth, weaker = (log_probabilities(answers(model, each)) for each in (adapter, halved(adapter)))
     assert len(hot) == len(truth) == model.vocabulary
     assert np.abs(plain - log_probabilities(answers(model, {}))).max() < 0.01

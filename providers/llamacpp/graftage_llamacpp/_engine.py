@@ -705,7 +705,7 @@ class AdapterFile:
                 reasons=(reason,),
                 hint="Choose the model it was made for.",
             )
-        self.activated = "adapter.alora.invocation_tokens" in header.metadata
+        self.activated = header.is_activated
 
 
 def _load_error(error: ModelLoadFailed, adapters: tuple[AdapterFile, ...]) -> GraftageError:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from engine_fixtures import eventually
 from lora_files import add, close, write_peft
-from small_engine import ADAPTERS, END, MODEL, NAME, START, TEMPLATE, TOKENS
+from small_engine import ADAPTERS, END, MODEL, NAME, START, TOKENS, add_vocabulary
 
 from graftage.exceptions import ConnectionFailed, ProviderTimeout
 from graftage.types import Timeouts
@@ -468,12 +468,7 @@ def write_model(path: Path, architecture: str, keys: Mapping[str, int], tensors:
         writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_uint32("tokenizer.ggml.eos_token_id", TOKENS.index(END))
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", "default")
-    writer.add_array("tokenizer.ggml.tokens", TOKENS)
-    writer.add_array("tokenizer.ggml.token_type", [1] * (len(TOKENS) - 2) + [3, 3])
-    writer.add_array("tokenizer.ggml.merges", ["~ ~"])
-    writer.add_string("tokenizer.chat_template", TEMPLATE)
+    add_vocabulary(writer)
     rng = np.random.default_rng(3)
     for name, shape in {"token_embd.weight": (len(TOKENS), 32), "output_norm.weight": (32,), **tensors}.items():
         data = np.ones(shape) if "norm" in name else rng.normal(0, 0.25, shape)

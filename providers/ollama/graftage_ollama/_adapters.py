@@ -55,8 +55,6 @@ NAMESPACE: Final = "graftage-lora"
 """The prefix of derived models: nothing outside it is ever deleted."""
 MARK: Final = "graftage.adapter.digest"
 """The metadata key by which a merged model names its adapter; servers show it."""
-ACTIVATED: Final = "adapter.alora.invocation_tokens"
-"""The metadata key of an adapter that acts only after some tokens (llama.cpp's `gguf-py/gguf/constants.py`)."""
 KEY_LENGTHS: Final = (12, 24)
 """Digits of the key in a model's name: more if another model has the shorter name."""
 PART_LENGTH: Final = 80
@@ -310,7 +308,7 @@ class Adapters:
             for _ in range(2):
                 file = request.adapter.gguf(base)
                 with contextlib.suppress(FileNotFoundError):
-                    return file, _sha256(file), ACTIVATED in gguf.read_file(file).metadata
+                    return file, _sha256(file), gguf.read_file(file).is_activated
             raise _file_vanished(request, file)
 
         file, digest, is_activated = await self._from_resolver(request.call, make)

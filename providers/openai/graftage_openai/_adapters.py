@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Adapters"]
 
 NOT_THERE: Final = (400, 404, 405)
-ACTIVATED: Final = "adapter.alora.invocation_tokens"
-"""The metadata key of an adapter that acts only after some tokens (llama.cpp's `gguf-py/gguf/constants.py`)."""
 PROBE: Final = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "logprobs": True, "top_logprobs": 5}
 
 
@@ -248,7 +246,7 @@ def _stamp(path: str) -> tuple[int, ...] | None:
 
 def _is_activated(file: Path) -> bool:
     try:
-        return ACTIVATED in gguf.read_file(file).metadata
+        return gguf.read_file(file).is_activated
     except (OSError, gguf.GgufError):
         return False  # It is like no file of the server, then.
 
